@@ -1,0 +1,307 @@
+"""The contract with users: run folder, resume bit for bit, signals, bad input; at tiny sizes, without a network."""
+import csv
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+import shortcut
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 --blocks 1,1 --batch 8 --samples 32 " \
+       "--steps 1,2".split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_old_signals(monkeypatch):
+    """Bit for bit holds for one setting of the threads; a run installs signal handlers."""
+    old = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(fid, "shapes", lambda resolution: SMALL[resolution])        # 200 images, drawn once
+    yield
+    for n, handler in old:
+        signal.signal(n, handler)
+
+
+SMALL = {r: fid.shapes(200, r) for r in (16, 32)}
+
+
+def weights(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(a, b):
+    """Equal bit for bit, through nested dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        [assert_same(a[k], b[k]) for k in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        [assert_same(x, y) for x, y in zip(a, b)]
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def stop_after(monkeypatch, n, number=signal.SIGTERM):
+    """Send the process a signal within its n-th step."""
+    real, calls = shortcut.shortcut_loss, []
+    def loss(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(shortcut, "shortcut_loss", loss)
+
+
+# ---- a run -------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
+    out = tmp_path / "run"
+    shortcut.main([*TINY, "--out", str(out), "--iters", "10", "--npz"])
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert names >= {"args.json", "log.csv", "checkpoint.pt", "scores.csv", "samples-1step.png",
+                     "samples-2step.png", "samples-1step.npz", "samples-2step.npz", "progress/0000010.png"}
+    assert not [n for n in names if pathlib.Path(n).name.startswith(".")]           # no temporary file stays
+    lines = [l for l in capsys.readouterr().out.splitlines() if l.startswith("FD-random")]
+    assert len(lines) == 2
+    for n, line in zip((1, 2), lines):
+        assert re.fullmatch(rf"FD-random [\d.e+]+ \| random \| 32 samples vs 200 shapes train \| NFE {n} \| "
+                            r"shortcut ema \| \d+ img/s \| fewer than 2048 samples: biased upward", line)
+    with np.load(out / "samples-1step.npz") as z:
+        assert z["images"].dtype == np.uint8 and z["images"].shape[1:] == (16, 16, 3)
+        assert len(z["labels"]) == len(z["images"]) and set(z["labels"]) == set(range(10))
+    about = json.loads((out / "args.json").read_text())
+    assert about["args"]["iters"] == 10 and about["args"]["k"] == 0.25 and about["torch"] == torch.__version__
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [r["step"] for r in rows] == ["10"] and float(rows[0]["loss_flow"]) > 0
+    scores = list(csv.DictReader((out / "scores.csv").open()))
+    assert [(r["nfe"], r["metric"]) for r in scores] == [("1", "FD-random"), ("2", "FD-random")]
+
+
+def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, monkeypatch, capsys):
+    line = [*TINY, "--iters", "10", "--samples", "0", "--dropout", "0.2", "--flip", "yes", "--cfg", "1.5"]
+    shortcut.main([*line, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stop_after(patch, 5)
+        shortcut.main([*line, "--out", str(tmp_path / "halves")])
+    assert stop.value.code == 143 and weights(tmp_path / "halves")["step"] == 5
+    assert "stopped at step 5 of 10; the same command goes on" in capsys.readouterr().out
+    shortcut.main([*line, "--out", str(tmp_path / "halves")])
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+    for name in ("samples-1step.png", "samples-2step.png", "progress/0000010.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
+
+
+def test_kill_9_in_mid_training_loses_nothing_before_the_checkpoint(tmp_path):
+    """A real process, killed for real: the same line goes on and ends with the weights of a whole run."""
+    code = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, {root!r}); import fid, shortcut\n"
+            "fid.shapes = lambda resolution, draw=fid.shapes: draw(200, resolution)\n"
+            "if {often}: time.time = lambda n=[0]: n.__setitem__(0, n[0] + 40) or n[0]      # saves every other step\n"
+            "shortcut.main(sys.argv[1:])")
+    run = lambda often, *more: subprocess.Popen(
+        [sys.executable, "-c", code.format(root=str(ROOT), often=often), *TINY, "--samples", "0", "--iters", "30",
+         *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    killed = run(True, "--out", str(tmp_path / "killed"))
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.time() + 60
+    while not checkpoint.exists() and killed.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert 0 < weights(tmp_path / "killed")["step"] < 30
+    again, whole = run(False, "--out", str(tmp_path / "killed")), run(False, "--out", str(tmp_path / "whole"))
+    assert (again.wait(120), whole.wait(120)) == (0, 0), again.stderr.read()
+    assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_only_samples_and_takes_its_options_from_the_folder(tmp_path, capsys):
+    line = ["--out", str(tmp_path / "run")]
+    shortcut.main([*TINY, *line, "--iters", "3", "--samples", "0"])
+    before = weights(tmp_path / "run")
+    (tmp_path / "run" / "samples-1step.png").unlink()
+    shortcut.main([*line, "--steps", "1,128", "--samples", "0", "--labels", "heart,3"])
+    assert_same(weights(tmp_path / "run"), before)
+    assert (tmp_path / "run" / "samples-1step.png").exists() and (tmp_path / "run" / "samples-128step.png").exists()
+    with pytest.raises(fid.UserError, match="was trained with --iters 3, not 4"):
+        shortcut.main([*line, "--iters", "4"])
+    with pytest.raises(fid.UserError, match="was trained with --k 0.25, not 0.0; give another --out"):
+        shortcut.main([*line, "--k", "0"])
+
+
+def test_samples_do_not_depend_on_the_batch_they_were_drawn_in():
+    args = shortcut.parse_args([*TINY, "--out", "nowhere"])
+    together = shortcut.noise(6, args)
+    assert torch.equal(together, torch.cat([shortcut.noise(1, args, i) for i in range(6)]))
+    assert abs(together.std() - 1) < 0.05 and not torch.equal(together[0], together[1])
+    torch.manual_seed(0)
+    s = shortcut.Shortcut(shortcut.UNet(16, 16, (1, 1), (1, 1), num_classes=10, conditions=2)).eval()
+    torch.nn.init.normal_(s.net.conv_out.weight)
+    y = torch.arange(6)
+    whole = shortcut.sample(s, together, y, 4)
+    parts = [shortcut.sample(s, together[i:i + 2], y[i:i + 2], 4) for i in (0, 2, 4)]
+    torch.testing.assert_close(whole, torch.cat(parts), atol=1e-4, rtol=1e-4)
+
+
+def test_ema_is_the_closed_form():
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema = shortcut.AveragedModel(net, multi_avg_fn=shortcut.get_ema_multi_avg_fn(0.9))
+    values, expected = [3.0, -1.0, 4.0, 1.5], None
+    for v in values:
+        net.weight.data.fill_(v)
+        ema.update_parameters(net)
+        expected = v if expected is None else 0.9 * expected + 0.1 * v
+    assert ema.module.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_shapes_that_were_trained_on_are_what_a_folder_gives(tmp_path):
+    """A folder of the same images trains the same weights: the data's source does not matter."""
+    pixels, labels = SMALL[16]
+    for i, (p, y) in enumerate(zip(pixels, labels)):
+        (tmp_path / "set" / f"{y:02d}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(p.permute(1, 2, 0).numpy()).save(tmp_path / "set" / f"{y:02d}" / f"{i:04d}.png")
+    out = tmp_path / "run"
+    shortcut.main([*TINY, "--data", str(tmp_path / "set"), "--out", str(out), "--iters", "2", "--features", "random"])
+    assert f"200 {tmp_path / 'set'}" in (out / "scores.csv").read_text()
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("--steps 3", "a shortcut model jumps in 1, 2, 4"),
+    ("--steps 256", "a shortcut model jumps in 1, 2, 4"),
+    ("--steps one", "--steps: invalid numbers value: 'one'"),
+    ("--steps ,", "--steps needs a number"),
+    ("--data nowhere", "--data nowhere: no such data set or folder"),
+    ("--data EMPTY", "no images in it"),
+    ("--data README.md", "is a file"),
+    ("--labels unicorn", "--labels unicorn: unknown class of shapes train"),
+    ("--labels 10", "--labels 10: unknown class"),
+    ("--iters 0", "--iters 0: expected at least 1"),
+    ("--iters 1.5", "--iters: invalid int value"),
+    ("--batch -4", "--batch -4: expected at least 1"),
+    ("--lr 20", "--lr, --ema and --dropout lie between 0 and 1"),
+    ("--ema 1", "--lr, --ema and --dropout lie between 0 and 1"),
+    ("--k 1.5", "--k 1.5: is a share of the batch"),
+    ("--cfg -1", "expected a scale of at least 0"),
+    ("--channels 24", "--channels is a multiple of 16"),
+    ("--mult 1,2", "--mult and --blocks are as many numbers"),
+    ("--resolution 18", "cannot be halved"),
+    ("--data cifar10 --resolution 64", "cifar10 is 32x32"),
+    ("--device tpu", "--device tpu: not available here"),
+    ("--precision fp8", "--precision: invalid choice"),
+    ("--features vgg", "--features: invalid choice"),
+    ("--inception nowhere.pth --features inception", "--inception nowhere.pth: cannot be read"),
+    ("--out README.md/run", "cannot be"),
+    ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
+    ("--step 1", "unrecognized arguments: --step 1"),
+]
+
+
+@pytest.mark.parametrize("line, message", MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_line_and_touches_nothing(line, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir(), (tmp_path / "README.md").write_text("text")
+    monkeypatch.setattr(shortcut.Run, "steps", lambda run: iter(()))                # nothing may train
+    monkeypatch.setattr(shortcut.torch, "save", None)
+    with pytest.raises(fid.UserError) as error:
+        shortcut.main(["--device", "cpu", *line.split()])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()} - {"args.json"}
+    assert left == {"README.md"} and (tmp_path / "README.md").read_text() == "text"
+
+
+def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "shortcut.py", "--steps", "3"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "shortcut.py: --steps 3: a shortcut model jumps in 1, 2, 4, ... or 128 steps\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "does not load"), (b"0123456789", "does not load"), ("dmd2", "is of dmd2.py"), ("width", "does not load")])
+def test_a_checkpoint_that_is_wrong(tmp_path, content, message):
+    out = tmp_path / "run"
+    line = [*TINY, "--out", str(out), "--iters", "2", "--samples", "0"]
+    shortcut.main(line)
+    path = out / "checkpoint.pt"
+    if content == "dmd2":
+        torch.save(weights(out) | dict(method="dmd2"), path)
+    elif content == "width":
+        state = weights(out)
+        state["s"]["net.conv_in.weight"] = torch.zeros(32, 3, 3, 3)
+        torch.save(state, path)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(fid.UserError, match=message) as error:
+        shortcut.main(line)
+    assert "\n" not in str(error.value) and path.read_bytes() == before
+
+
+def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "owned",)
+    out = tmp_path / "run"
+    out.mkdir()
+    torch.save(dict(method="shortcut", step=0, s=Hostile()), out / "checkpoint.pt")
+    with pytest.raises(fid.UserError, match="does not load"):
+        shortcut.main([*TINY, "--out", str(out)])
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "10", "--samples", "0"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 4, signal.SIGINT)
+        shortcut.main(line)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    real = shortcut.shortcut_loss
+    def broken(*args, **kwargs):
+        loss, parts = real(*args, **kwargs)
+        return loss * float("nan"), parts
+    monkeypatch.setattr(shortcut, "shortcut_loss", broken)
+    with pytest.raises(fid.UserError, match="loss is not finite at step 10; the last checkpoint is kept"):
+        shortcut.main(line)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "10", "--samples", "0"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 4)
+        shortcut.main(line)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(shortcut.torch, "save", full)
+    with pytest.raises(fid.UserError, match="No space left on device"):
+        shortcut.main(line)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+# ---- the README ----------------------------------------------------------------------------------------
+
+def test_help_shows_the_presets():
+    done = subprocess.run([sys.executable, ROOT / "shortcut.py", "--help"], text=True, capture_output=True)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0
+    for name, values in shortcut.PRESETS.items():
+        assert f"--{name} " in text
+    iters = shortcut.PRESETS["iters"]
+    assert f"[{iters[0]} (shapes), {iters[1]} (cifar10), {iters[2]} (folder), {iters[3]} (imagenet64)]" in text
