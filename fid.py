@@ -120,7 +120,7 @@ def shapes(n=20_000, resolution=32, seed=0):
     ground = palette(GROUNDS)[torch.randint(4, (n,), generator=rng)]
     size, dx, dy, tilt = torch.rand(4, n, generator=rng)
     radius = 0.24 + 0.14 * size                                                         # 1 = the image's side
-    room = (0.5 - 1.12 * radius).clamp(max=0.16)                                        # never cut by the edge
+    room = (0.5 - 1.15 * radius).clamp(max=0.16)                                        # never cut by the edge
     centre = 0.5 + room[:, None] * (2 * torch.stack([dx, dy], 1) - 1)
     angle = math.radians(14) * (2 * tilt - 1)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)

@@ -50,9 +50,9 @@ LEVELS = int(math.log2(M))      # 7 lengths above the finest
 
 PRESETS = dict(
     #            shapes     cifar10    folder     imagenet64
-    iters      =(1800,      200_000,   100_000,   400_000),
-    batch      =(64,        256,       128,       256),
-    lr         =(2e-3,      6e-4,      6e-4,      4e-4),
+    iters      =(5500,      200_000,   100_000,   400_000),
+    batch      =(16,        256,       128,       256),
+    lr         =(5e-3,      6e-4,      6e-4,      4e-4),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
@@ -62,7 +62,7 @@ PRESETS = dict(
     blocks     =((1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 2, 2, 2)),
     attention  =((),        (16,),     (8,),      (16, 8)),
     dropout    =(0.0,       0.1,       0.1,       0.0),
-    ema        =(0.99,      0.999,     0.999,     0.9999),
+    ema        =(0.995,     0.999,     0.999,     0.9999),
 )
 
 
@@ -482,19 +482,21 @@ def evaluate(run, images, generate, steps, who):
 # ---- main ------------------------------------------------------------------------------------------------
 
 class Shortcut(nn.Module):
-    """s(x_t, t, d, y): the UNet predicts where the velocity would lead at t = 1, an image ("x-prediction").
+    """s(x_t, t, d, y) = c_skip x_t + c_out net(c_in x_t, t, log2 d, y), EDM's preconditioning for this path.
 
-    s = (net - x_t) / (1 - t): noise never has to pass through a narrow network (Li and He 2025, 2511.13720);
-    at one step the network's output is the sample itself. 1 - t is held above 0.05 as there.
+    For images of variance a^2, x_t has variance S^2 = (1-t)^2 + (t a)^2; c_skip x_t is the best linear guess of
+    x_1 - x_0, and c_out the deviation of what is left, so the network's target has variance one at every t. At
+    t = 0, s = a net - x_0: one step gives x_1 = a net, an image that no noise has to pass through.
     """
 
-    def __init__(self, net):
+    def __init__(self, net, a=0.5):
         super().__init__()
-        self.net = net
+        self.net, self.a = net, a
 
     def forward(self, x, t, d, y):
-        image = self.net(x, t, d.log2() / -LEVELS, y)
-        return (image - x) / expand((1 - t).clamp(min=0.05))
+        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()
+        c_skip = (expand(t) * (1 + self.a ** 2) - 1) / S ** 2
+        return c_skip * x + self.a / S * self.net(x / S, t, d.log2() / -LEVELS, y)
 
 
 def main(argv=None):

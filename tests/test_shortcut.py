@@ -204,16 +204,36 @@ def test_every_number_of_steps_carries_noise_to_data_exactly(steps):
     assert calls == [(i / steps, 1 / steps) for i in range(steps)]                  # NFE, t and d
 
 
-def test_the_network_sees_log2_d_and_its_output_is_the_end_of_the_jump():
-    seen = []
-    class Net(torch.nn.Module):
-        def forward(self, x, t, d, y):
-            seen.append(d)
-            return torch.full_like(x, 0.25)
-    s = Shortcut(Net())
+class Record(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.seen = value, []
+    def forward(self, x, t, d, y):
+        self.seen.append((x, d))
+        return torch.full_like(x, self.value)
+
+
+def test_preconditioning_is_the_best_linear_guess_and_leaves_unit_variance():
+    """On N(0, a^2) a silent network is exact, its input has variance one, and so has what it should add."""
+    torch.manual_seed(0)
+    a, net = 0.5, Record(0.0)
+    x_0 = torch.randn(4000, 3, 4, 4, dtype=torch.float64)
+    x_1 = a * torch.randn_like(x_0)
+    for time in (0.0, 0.25, 0.6, 0.95, 1.0):
+        t = torch.full((len(x_0),), time, dtype=torch.float64)
+        x_t = torch.lerp(x_0, x_1, expand(t))
+        S = ((1 - time) ** 2 + (time * a) ** 2) ** 0.5
+        v = Shortcut(net, a)(x_t, t, torch.full_like(t, 1 / M), None)
+        assert_close(v, (time * a ** 2 - (1 - time)) / S ** 2 * x_t)
+        left = Shortcut(Record(1.0), a)(x_t, t, torch.full_like(t, 1 / M), None) - v        # c_out
+        assert_close(((x_1 - x_0 - v) / left).var().item(), 1.0, rtol=0.01, atol=0)
+        assert_close(net.seen[-1][0].var().item(), 1.0, rtol=0.01, atol=0)
+
+
+def test_one_step_is_the_networks_image_and_the_network_sees_log2_d():
+    net = Record(0.25)
+    x_0 = torch.randn(5, 3, 2, 2)
+    assert_close(sample(Shortcut(net), x_0, None, 1), torch.full_like(x_0, 0.5 * 0.25))
     d = 0.5 ** torch.arange(LEVELS + 1.0)
-    x, t = torch.randn(len(d), 3, 2, 2), 0.9 * (1 - d)
-    assert_close(x + expand(1 - t) * s(x, t, d, None), torch.full_like(x, 0.25))    # t + (1 - t) is the image
-    assert_close(seen[0], torch.linspace(0, 1, LEVELS + 1))
-    near = s(x, torch.full_like(t, 127 / 128), d, None)                             # 1 - t is held at 0.05
-    assert_close(near, (0.25 - x) / 0.05)
+    Shortcut(net)(torch.zeros(len(d), 3, 2, 2), 0 * d, d, None)
+    assert_close(net.seen[-1][1], torch.linspace(0, 1, LEVELS + 1))
