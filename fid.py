@@ -110,7 +110,7 @@ def _signed_distance(shape, p):
 def shapes(n=20_000, resolution=32, seed=0):
     """The built-in data: one anti-aliased shape of one of eight colours on one of four dark grounds.
 
-    Size, place and tilt (14 degrees at most) vary; the class is the shape. Two seconds for 20,000 images.
+    Size, place and tilt (8 degrees at most) vary; the class is the shape. Two seconds for 20,000 images.
     Returns pixels [n, 3, R, R] uint8 and labels [n] int64, the same for a seed on every machine.
     """
     rng = torch.Generator().manual_seed(seed)
@@ -119,10 +119,10 @@ def shapes(n=20_000, resolution=32, seed=0):
     ink = palette(INKS)[torch.randint(8, (n,), generator=rng)]                          # [n, 3]
     ground = palette(GROUNDS)[torch.randint(4, (n,), generator=rng)]
     size, dx, dy, tilt = torch.rand(4, n, generator=rng)
-    radius = 0.24 + 0.14 * size                                                         # 1 = the image's side
-    room = (0.5 - 1.15 * radius).clamp(max=0.16)                                        # never cut by the edge
+    radius = 0.28 + 0.10 * size                                                         # 1 = the image's side
+    room = (0.5 - 1.15 * radius).clamp(max=0.09)                                        # never cut by the edge
     centre = 0.5 + room[:, None] * (2 * torch.stack([dx, dy], 1) - 1)
-    angle = math.radians(14) * (2 * tilt - 1)
+    angle = math.radians(8) * (2 * tilt - 1)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
 
     ticks = (torch.arange(resolution) + 0.5) / resolution
@@ -181,9 +181,11 @@ def read_folder(folder, resolution):
     broken or too small is an error, since to leave it out would change the data without a word.
     """
     folder = pathlib.Path(folder)
+    def unreadable(error):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
     hidden = lambda p: any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)
     endings = {e for e, f in Image.registered_extensions().items() if f in FORMATS}
-    files = sorted(pathlib.Path(top, name) for top, _, names in os.walk(folder, followlinks=True)
+    files = sorted(pathlib.Path(top, name) for top, _, names in os.walk(folder, onerror=unreadable, followlinks=True)
                    for name in names if pathlib.Path(name).suffix.lower() in endings)
     files = [p for p in files if not hidden(p)]
     if not files:
@@ -194,11 +196,11 @@ def read_folder(folder, resolution):
         raise UserError(f"{folder}: images beside the class folders ({files[tops.index(None)].name}); "
                         "put every image into a class folder, or none")
     with concurrent.futures.ThreadPoolExecutor() as pool:                               # decoding frees the GIL
-        read = tqdm(pool.map(lambda p: _read_image(p, resolution), files, chunksize=64), "reading images",
+        read = tqdm(pool.map(lambda p: _read_image(p, resolution), files), "reading images",
                     total=len(files), unit="img", leave=False, disable=None)
         try:
             pixels = torch.stack(list(read))
-        except UserError:
+        except BaseException:                           # also Ctrl-C: do not decode the rest
             pool.shutdown(cancel_futures=True)
             raise
     return pixels, torch.tensor([classes.index(t) if classes else 0 for t in tops]), classes
@@ -274,7 +276,7 @@ class RandomFeatures(nn.Module):
     al. 2020, 2002.09797). Four stages of 3x3 convolution, leaky ReLU and pooling; the features are every
     stage's mean over positions, so they see texture and sharpness as well as layout.
     """
-    label, batch = "FD-random", 256
+    name, label, batch = "random", "FD-random", 256
 
     def __init__(self, widths=(32, 64, 128, 256), seed=0):
         super().__init__()
@@ -306,7 +308,7 @@ class Inception(nn.Module):
     torchvision's Inception v3 skeleton with the poolings of the original TensorFlow graph; it loads
     pytorch-fid's state dict as it is.
     """
-    label, batch = "FID", 16            # on a CPU, 16 beats 50
+    name, label, batch = "inception", "FID", 16            # on a CPU, 16 beats 50
 
     def __init__(self, state=None):
         super().__init__()
@@ -393,7 +395,7 @@ class Statistics:
         self.n = total
 
     def update(self, features):
-        f = features.detach().double().cpu()                            # [B, dim]
+        f = features.detach().cpu().double()                            # [B, dim]
         mean = f.mean(0)
         self.merge(len(f), mean, (f - mean).T @ (f - mean))
 

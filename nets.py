@@ -98,6 +98,11 @@ class UNet(nn.Module):
         sides = [resolution >> i for i in range(len(mult))]
         ins = [channels, *widths[:-1]]
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        # Scale and shift say what to draw, not where: so each stage learns a map of places, and each class a
+        # map at the coarsest stage (few channels: there may be 1000 classes).
+        self.place = nn.ParameterList(nn.Parameter(0.02 * torch.randn(c, r, r)) for c, r in zip(ins, sides))
+        self.label_map = nn.Embedding(num_classes + 1, 16 * sides[-1] ** 2)
+        self.label_map_out = nn.Conv2d(16, widths[-1], 1)
         self.encoder = nn.ModuleList(map(stage, ins, widths, blocks, sides))
         self.middle = stage(widths[-1], widths[-1], 1, sides[-1])
         outs = [*widths[1:], widths[-1]]                                # what comes up into each stage
@@ -110,15 +115,17 @@ class UNet(nn.Module):
         scalars = t[:, None] if d is None else torch.cat([t[:, None], d.reshape(len(t), -1)], 1)
         phase = scalars.float()[:, :, None] * self.frequencies                      # [B, conditions, C/2]
         e = self.embed_scalars(torch.cat([phase.cos(), phase.sin()], 2).flatten(1))
-        y = torch.full(t.shape, self.null_class, device=t.device) if y is None else y
-        return F.silu(self.embed_out(F.silu(e + self.embed_label(y))))
+        return F.silu(self.embed_out(F.silu(e + self.embed_label(self.labels(t, y)))))
+
+    def labels(self, t, y):
+        return torch.full(t.shape, self.null_class, device=t.device) if y is None else y
 
     def encode(self, x, t, d=None, y=None, emb=None):
         """The encoder's features: a list, one a stage, [B, C_i, R / 2^i, R / 2^i], the deepest last."""
         emb = self.embedding(t, d, y) if emb is None else emb
         h, features = self.conv_in(x), []
         for i, layers in enumerate(self.encoder):
-            h = F.avg_pool2d(h, 2) if i else h
+            h = (F.avg_pool2d(h, 2) if i else h) + self.place[i].to(h.dtype)
             for layer in layers:
                 h = layer(h, emb)
             features.append(h)
@@ -128,6 +135,8 @@ class UNet(nn.Module):
         emb = self.embedding(t, d, y)
         skips = self.encode(x, t, d, y, emb)
         h = skips[-1]
+        label = self.label_map(self.labels(t, y)).view(len(h), 16, *h.shape[2:])
+        h = h + self.label_map_out(label)
         for layer in self.middle:
             h = layer(h, emb)
         for i in reversed(range(len(skips))):

@@ -1,23 +1,25 @@
-"""shortcut.py: One Step Diffusion via Shortcut Models (Frans et al. 2024, arXiv 2410.12557), all of it.
+"""shortcut.py: One Step Diffusion via Shortcut Models (Frans et al. 2024, arXiv 2410.12557).
 
-One network, one training: s(x_t, t, d) is the velocity that jumps by d, x_{t+d} = x_t + d s(x_t, t, d).
+One network, one training. s(x_t, t, d) is the velocity of a jump of length d, and is trained on
 
-    L = | s(x_t, t, d) - (x_1 - x_0) |^2                     at the finest d = 1/128: flow matching
-      + | s(x_t, t, 2d) - sg[s(x_t, t, d) + s(x_{t+d}, t+d, d)] / 2 |^2         self-consistency (Eq. 4, 5)
+    L = |s(x_t, t, d) - (x_1 - x_0)|^2    at the finest d = 1/128: flow matching
+      + |s(x_t, t, 2d) - sg[s(x_t, t, d) + s(x'_{t+d}, t+d, d)] / 2|^2    self-consistency (Eq. 5)
 
-Time runs from noise to data: x_0 is noise, x_1 is the image, x_t = (1 - t) x_0 + t x_1.
+Time runs from noise to data: x_0 is noise, x_1 the image, x_t = (1 - t) x_0 + t x_1.
 
-    python shortcut.py --steps 1                     # shapes on two CPU cores: about 8 minutes
-    python shortcut.py --data cifar10 --steps 1,4    # on a GPU
-    python shortcut.py --k 0 --out runs/flow         # the flow-matching baseline, from the same file
+    python shortcut.py --steps 1                      # coloured shapes, on a CPU: ten minutes
+    python shortcut.py --data cifar10 --steps 1,4     # on a GPU
+    python shortcut.py --k 0 --out runs/flow          # flow matching, the baseline, from this file
 
 Departs from the paper in:
-  * pixels and a small UNet for latents and a DiT; the learning rate decays to zero, gradients are clipped;
-  * the finest level is d = 1/128, as in the official code (the paper: d = 0, one more value, same losses);
-  * the network sees log2 d on [0, 1], not d, and predicts what is left of s when ... ;
-  * no clip of x' and targets at +-4 (official code): that is the range of SD latents;
-  * every batch size trains every length: the lengths of a batch are dealt in turn from a random start
-    (the official code gives small batches nothing but d = 1).
+  * pixels and a UNet, not latents and a DiT. So no clip of x' and the targets at +-4 (official
+    code: the range of latents), and the network's part of s is scaled to variance one (`Shortcut`);
+  * the finest level is d = 1/128, as in the official code (the paper asks d = 0 in its place), and
+    the network is told log2 d;
+  * every batch size trains every length: a batch's lengths are dealt in turn from a random start
+    (the official code gives small batches nothing but d = 1);
+  * the learning rate warms up and decays to zero, Adam's second beta is 0.99, gradients are clipped;
+  * labels are dropped for guidance only when there is guidance (--cfg), in the flow rows only.
 """
 import argparse
 import csv
@@ -45,33 +47,34 @@ from fid import UserError, from_uint8, to_uint8
 from nets import UNet
 
 METHOD = "shortcut"
-M = 128                         # the finest grid: lengths 1/128, 1/64, ..., 1/2, 1
-LEVELS = int(math.log2(M))      # 7 lengths above the finest
+M = 128                         # the finest grid; lengths are 1/128, 1/64, ..., 1/2, 1
+LEVELS = int(math.log2(M))      # how many of these are above the finest: 7
 
 PRESETS = dict(
     #            shapes     cifar10    folder     imagenet64
-    iters      =(5500,      200_000,   100_000,   400_000),
-    batch      =(16,        256,       128,       256),
-    lr         =(5e-3,      6e-4,      6e-4,      4e-4),
+    iters      =(6000,      200_000,   100_000,   400_000),
+    batch      =(16,        256,       64,        256),
+    lr         =(5e-3,      1e-3,      2e-3,      5e-4),
+    ema        =(0.995,     0.999,     0.999,     0.9999),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
-    flip       =("no",      "yes",     "yes",     "yes"),
+    flip       =(False,     True,      True,      True),
     channels   =(32,        96,        64,        128),
     mult       =((1, 2, 4), (1, 2, 2), (1, 2, 4), (1, 2, 3, 4)),
     blocks     =((1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 2, 2, 2)),
     attention  =((),        (16,),     (8,),      (16, 8)),
     dropout    =(0.0,       0.1,       0.1,       0.0),
-    ema        =(0.995,     0.999,     0.999,     0.9999),
 )
 
 
 def method_options(add):
-    add("--k", type=float, default=0.25, help="share of a batch with self-consistency targets; 0: flow matching")
-    add("--cfg", type=float, default=1.0, help="guidance scale at the finest level, baked into the longer "
-        "jumps; 1: off")
-    add("--label-dropout", type=float, default=0.1, help="share of labels replaced by the null class when "
-        "--cfg is on")
+    add("--k", type=float, default=0.25,
+        help="share of a batch with self-consistency targets; 0: flow matching alone")
+    add("--cfg", type=float, default=1.0,
+        help="guidance at the finest level, learned by the longer jumps; 1: off")
+    add("--label-dropout", type=float, default=0.1, help="share of null labels, with --cfg")
+    add("--weight-decay", type=float, default=0.1, help="AdamW's")
 
 
 def check_method(args):
@@ -80,413 +83,181 @@ def check_method(args):
             raise UserError(f"--steps {n}: a shortcut model jumps in 1, 2, 4, ... or {M} steps")
     if not 0 <= args.k <= 1:
         raise UserError(f"--k {args.k}: is a share of the batch, 0 to 1")
-    if args.cfg < 0 or not 0 <= args.label_dropout < 1:
-        raise UserError(f"--cfg {args.cfg} --label-dropout {args.label_dropout}: expected a scale of at least "
-                        "0 and a share from 0 to below 1")
+    if not (0 <= args.cfg < math.inf and 0 <= args.label_dropout < 1):
+        raise UserError("--cfg is a scale of at least 0, --label-dropout a share from 0 to below 1")
+    if not 0 <= args.weight_decay < math.inf:
+        raise UserError(f"--weight-decay {args.weight_decay}: expected at least 0")
 
 
-# ---- common: arguments ---------------------------------------------------------------------------------
+# ---- common: arguments ---------------------------------------------------------------------------
 
-FREE = ("steps samples labels features inception device precision compile npz").split()
-
-
-def refuse(message):
-    raise UserError(message)
+KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
+FREE = "steps samples labels features inception device compile npz out".split()  # of a finished run
 
 
 def numbers(text):
-    return tuple(int(n) for n in text.split(",") if n.strip())
+    return tuple(dict.fromkeys(int(n) for n in text.split(",") if n.strip()))
+
+
+def show(value):
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def refuse(message):                                    # argparse would print its usage, and exit
+    raise UserError(message)
 
 
 def parse_args(argv=None):
-    """Command line, over the stored arguments of an existing run, over the preset of the data set."""
+    """What was given, over what an existing run was trained with, over the data set's preset."""
     parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = refuse
-    kinds, defaults = ("shapes", "cifar10", "folder", "imagenet64"), {}
+    parser.error, defaults = refuse, {}
 
     def add(flag, default=None, help="", **kwargs):
         name = flag[2:].replace("-", "_")
-        defaults[name] = PRESETS.get(name, (default,) * len(kinds))
-        show = lambda v: ",".join(map(str, v)) or "none" if isinstance(v, tuple) else v
-        shown = ", ".join(f"{show(v)} ({k})" for k, v in zip(kinds, defaults[name])) \
-            if name in PRESETS else show(default)
-        note = "" if shown is None or kwargs.get("action") else f" [{shown}]"
-        parser.add_argument(flag, help=(help + note).replace("%", "%%"), **kwargs)
+        defaults[name] = PRESETS.get(name, (default,) * len(KINDS))
+        if name in PRESETS:
+            columns = zip(KINDS, PRESETS[name])
+            help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
+        elif default not in (None, False):
+            help += f" [{show(default)}]"
+        parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 
-    add("--steps", type=numbers, default=(1, 2, 4, 128), help="sampling steps (network calls), a comma list")
-    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are classes), or "
-        "a folder of downsampled-ImageNet train_data_batch_*.npz")
+    add("--steps", type=numbers, default=(1, 2, 4, 128), help="sampling steps (NFE), a comma list")
+    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
+        "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
     add("--iters", type=int, help="length of the training")
     add("--batch", type=int, help="images per update")
-    add("--lr", type=float, help="peak learning rate; warms up, then decays to 0 by a cosine")
-    add("--weight-decay", type=float, default=0.1, help="AdamW's")
-    add("--ema", type=float, help="decay of the weights' running mean")
-    add("--seed", type=int, default=0, help="of weights, training and samples")
+    add("--lr", type=float, help="peak learning rate")
+    add("--ema", type=float, help="decay of the running mean of the weights")
+    add("--seed", type=int, default=0, help="of the weights, the training and the samples")
     add("--device", default="auto", help="cpu, cuda, mps")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where it is fast")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 where the hardware is fast at it")
     add("--compile", action="store_true", default=False, help="torch.compile the networks")
-    add("--samples", type=int, help="images to score for each of --steps; 0: pictures only")
-    add("--labels", help="classes to draw, a comma list of names or numbers [all in turn]")
-    add("--features", choices=["auto", "inception", "random"], help="of the score; auto: inception where "
-        "its weights can be had")
+    add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
+    add("--labels", help="classes to draw, a comma list of names or numbers")
+    add("--features", choices=["auto", "inception", "random"],
+        help="what to score with; auto: inception where its weights can be had")
     add("--inception", help="path of the Inception weights")
-    add("--npz", action="store_true", default=False, help="keep the scored samples as samples-Nstep.npz")
+    add("--npz", action="store_true", default=False, help="keep the samples as samples-Nstep.npz")
     add("--resolution", type=int, help="side of the images")
-    add("--flip", choices=["yes", "no"], help="mirror training images at random")
-    add("--channels", type=int, help="width of the network's first stage")
-    add("--mult", type=numbers, help="width of each stage, in --channels; each stage halves the resolution")
-    add("--blocks", type=numbers, help="residual blocks of each stage")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
+    add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
+    add("--mult", type=lambda text: tuple(map(int, text.split(","))),
+        help="width of each stage in --channels; each halves the resolution")
+    add("--blocks", type=lambda text: tuple(map(int, text.split(","))),
+        help="residual blocks of each stage")
     add("--attention", type=numbers, help="resolutions with self-attention")
     add("--dropout", type=float, help="in the residual blocks")
     method_options(add)
     given = vars(parser.parse_args(argv))
 
-    given.setdefault("data", None)
-    out = given.get("out") or f"runs/{METHOD}-{pathlib.Path(given['data'] or 'shapes').resolve().name}"
-    stored = read_json(pathlib.Path(out) / "args.json").get("args", {})
-    if stored and stored.get("method") != METHOD:
-        raise UserError(f"{out}: holds a run of {stored.get('method')}.py; give another --out")
-    given["data"] = given["data"] or stored.get("data", "shapes")
-    kind = kinds.index(fid.kind_of(given["data"]))
+    if given.get("data", "shapes") not in KINDS[:2]:
+        given["data"] = str(pathlib.Path(given["data"]))            # imgs, imgs/ and ./imgs are one
+    name = pathlib.Path(given.get("data", "shapes")).resolve().name
+    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}")
+    stored = stored_args(folder)
+    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
     args = {name: values[kind] for name, values in defaults.items()}
-    args |= {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items() if n not in FREE}
+    args |= {name: value for name, value in stored.items() if name not in FREE}
     for name, value in given.items():
-        if stored and name not in FREE and name != "out" and args[name] != value:
-            raise UserError(f"{out}: was trained with --{name.replace('_', '-')} {stored.get(name)}, not "
-                            f"{value}; give another --out, or leave that option away")
-    args = argparse.Namespace(**args | given | dict(out=out, method=METHOD))
+        if stored and name not in FREE and args[name] != value:
+            raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
+                            f"{show(args[name])}, not {show(value)}; give another --out")
+    args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
 
-    for name, low in dict(iters=1, batch=1, samples=0, channels=16, resolution=8).items():
-        if getattr(args, name) < low:
+    for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
+        if not low <= getattr(args, name) < 2 ** 31:
             raise UserError(f"--{name} {getattr(args, name)}: expected at least {low}")
-    if not args.steps or not 0 < args.lr < 1 or not 0 <= args.ema < 1 or not 0 <= args.dropout < 1:
-        raise UserError("--steps needs a number; --lr, --ema and --dropout lie between 0 and 1")
-    if args.channels % 16 or len(args.mult) != len(args.blocks) or min(args.mult + args.blocks) < 1:
-        raise UserError("--channels is a multiple of 16; --mult and --blocks are as many numbers of 1 or more")
+    if not args.steps or args.samples == 1:
+        raise UserError("--steps needs a number, and --samples 0 or at least 2")
+    for name in ("lr", "ema", "dropout"):
+        if not 0 <= getattr(args, name) < 1 or args.lr == 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a number between 0 and 1")
+    if args.channels % 16:
+        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
+    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks) < 1:
+        raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
     if args.resolution % 2 ** (len(args.mult) - 1):
-        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} times")
+        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
+                        "times, once between two stages of --mult")
+    for side in args.attention:
+        if side not in [args.resolution >> i for i in range(len(args.mult))]:
+            raise UserError(f"--attention {side}: no stage has that resolution")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun: this version trains in one process")
     check_method(args)
     return args
 
 
-def read_json(path):
+def stored_args(folder):
+    """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
+    path = folder / "args.json"
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        if not (folder / "checkpoint.pt").exists():
+            if folder.is_dir() and any(folder.iterdir()) and not path.exists():
+                raise UserError(f"--out {folder}: is no run folder and not empty; give another")
+            return {}
+        stored = json.loads(path.read_text())["args"]
+        stored = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
+    if stored.get("method") != METHOD:
+        raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
+    return stored
 
 
 def set_up(args):
-    """-> device, autocast context for the networks."""
+    """-> the device, and the autocast context that networks run in. Settles args.precision."""
     device = args.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else device
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {args.device}: not available here "
                         f"({str(error).splitlines()[0]})") from None
-    device, bf16 = torch.device(device), args.precision == "bf16"
     if args.precision == "auto":
-        cpu = lambda: torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        bf16 = cpu() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
+        fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
+                    cuda=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)
+        args.precision = "bf16" if fast.get(device.type) else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-# ---- schedule --------------------------------------------------------------------------------------------
+# ---- times and lengths ---------------------------------------------------------------------------
 
 def expand(t):
-    return t[:, None, None, None]                                                   # [B] -> [B, 1, 1, 1]
+    return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
 
 
 def draw_t_d(batch, k, device="cpu"):
-    """Times and lengths of a batch: t, d [batch], and n, the number of self-consistency rows (the first).
+    """Times t and lengths d [batch], and n: the first n rows are self-consistency, k on average.
 
-    Rows from n on are flow matching: d = 1/M and t ~ U(0, 1). The first n have the lengths 1/64 ... 1 in
-    turn from a random start, so every batch size trains every length alike; t is a multiple of d below 1.
+    The other rows are flow matching: d = 1/M and t ~ U(0, 1). The first n have the lengths 1/64
+    to 1, in turn from a random start, each with a t on its own grid 0, d, 2d, ..., 1 - d.
     """
-    n = int(k * batch + torch.rand(()).item())                                      # k batch on average
+    n = int(k * batch + torch.rand(()).item())
     t, d = torch.rand(batch, device=device), torch.full((batch,), 1 / M, device=device)
-    level = (torch.arange(n, device=device) + torch.randint(LEVELS, (1,), device=device)) % LEVELS
-    d[:n] = 0.5 ** level
+    d[:n] = 0.5 ** ((torch.arange(n) + torch.randint(LEVELS, ())) % LEVELS).to(device)
     t[:n] = (t[:n] / d[:n]).floor() * d[:n]
     return t, d, n
 
 
-# ---- losses ----------------------------------------------------------------------------------------------
-
-def guided(s, x, t, d, y, cfg_scale=1.0, null_class=0):
-    """Classifier-free guidance, at the finest length only: longer jumps have learned it. 1 = off."""
-    v = s(x, t, d, y)
-    if cfg_scale == 1:
-        return v
-    v_null = s(x, t, d, torch.full_like(y, null_class))
-    return torch.where(expand(d <= 1 / M), v_null + cfg_scale * (v - v_null), v)
-
-
-@torch.no_grad()
-def two_half_steps(s, x_t, t, d, y, cfg_scale=1.0, null_class=0):
-    """The target of a jump of length d: the mean velocity of two jumps of d/2 (Eq. 4). No gradient."""
-    half = d / 2
-    s_1 = guided(s, x_t, t, half, y, cfg_scale, null_class)
-    x_mid = x_t + expand(half) * s_1                        # the model's own point, not one of the data's path
-    s_2 = guided(s, x_mid, t + half, half, y, cfg_scale, null_class)
-    return (s_1 + s_2) / 2
-
-
-def shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, y_flow, cfg_scale=1.0, null_class=0):
-    """Eq. 5, one batch mean over both parts.
-
-    s, s_ema: callables (x, t, d, y) -> velocity; x_0 noise and x_1 images [B, 3, R, R]; t, d [B], of which the
-    first n rows are self-consistency; y [B] labels, y_flow [B] the same with some dropped.
-    Returns the scalar loss and its parts, detached.
-    """
-    x_t = torch.lerp(x_0, x_1, expand(t))                                           # Eq. 1
-    target = x_1 - x_0
-    if n:
-        target[:n] = two_half_steps(s_ema, x_t[:n], t[:n], d[:n], y[:n], cfg_scale, null_class)
-    y = torch.cat([y[:n], y_flow[n:]])
-    error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))                     # [B]
-    return error.mean(), dict(loss_flow=error[n:].mean().detach(), loss_shortcut=error[:n].mean().detach())
-
-
-# ---- sampler ---------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def sample(s, x_0, y, steps, cfg_scale=1.0, null_class=0):
-    """Algorithm 2: `steps` jumps of d = 1/steps from noise x_0 [B, 3, R, R] to images; labels y [B]."""
-    x, d = x_0, torch.full((len(x_0),), 1 / steps, device=x_0.device)
-    for i in range(steps):
-        x = x + guided(s, x, i * d, d, y, cfg_scale, null_class) / steps
-    return x
-
-
-# ---- common: the run folder ------------------------------------------------------------------------------
-
-class Run:
-    """A run folder: its arguments, log and checkpoint, and the signals that end it.
-
-    modules: all that must be as it was when the training goes on, by name. Each step draws from generators
-    seeded by (seed, step), so the step is all the random state there is.
-    """
-
-    def __init__(self, args, modules, device):
-        self.args, self.modules, self.device = args, modules, device
-        self.folder, self.step, self.signal, self.sums, self.bar = pathlib.Path(args.out), 0, None, {}, None
-        self.checkpoint = self.folder / "checkpoint.pt"
-        try:
-            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-        if self.checkpoint.exists():
-            self.load()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.on_signal)
-
-    def on_signal(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)               # a second one ends it at once
-
-    def write(self, name, write):
-        """Write a file by write(temporary path) and rename it: whole or not at all."""
-        path = self.folder / name
-        temporary = path.with_name(f".{path.name}")         # keeps the suffix, by which writers choose a format
-        try:
-            write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written ({error}); what was there is kept") from None
-
-    def begin(self, kind):
-        """Record what is about to run, before the first step."""
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=pathlib.Path(__file__).parent)
-        about = dict(args=vars(self.args), command=sys.argv, git=git.stdout.strip() or None,
-                     python=platform.python_version(), torch=torch.__version__, images=kind,
-                     device=torch.cuda.get_device_name() if self.device.type == "cuda"
-                     else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-        self.write("args.json", lambda p: p.write_text(json.dumps(about, indent=1)))
-        log = self.folder / "log.csv"                       # a run that was killed has logged too far
-        rows = list(csv.DictReader(log.open())) if log.exists() else []
-        self.rows = [row for row in rows if int(row["step"]) <= self.step]
-
-    def save(self):
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        self.write("checkpoint.pt", lambda p: torch.save(dict(method=METHOD, step=self.step, **state), p))
-
-    def load(self):
-        try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            if state.get("method") != METHOD:
-                raise UserError(f"{self.checkpoint}: is of {state.get('method')}.py, not {METHOD}.py")
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = state["step"]
-        except UserError:
-            raise
-        except Exception as error:                          # torch raises anything on a bad file
-            raise UserError(f"{self.checkpoint}: does not load ({str(error).splitlines()[0][:120]}); "
-                            "remove it to train anew") from None
-
-    def steps(self):
-        """Yield the steps that are left; between them keep the checkpoint, and stop for a signal."""
-        args, saved = self.args, time.time()
-        self.bar = tqdm(total=args.iters, initial=self.step, desc="training", unit="it", disable=None)
-        self.began = time.time(), self.step
-        while self.step < args.iters:
-            torch.manual_seed(args.seed * 1_000_003 + self.step)
-            yield self.step
-            self.step += 1
-            self.bar.update()
-            last = self.step == args.iters
-            if self.step % 50 == 0 or last or self.signal:
-                self.log()
-            if last or self.signal or time.time() - saved > 60:
-                self.save()
-                saved = time.time()
-            if self.signal:
-                self.bar.close()
-                print(f"stopped at step {self.step} of {args.iters}; the same command goes on from there")
-                sys.exit(128 + self.signal)
-        self.bar.close()
-
-    def add(self, **scalars):
-        """Collect the step's scalars; they stay on the device until the next log line."""
-        for name, value in scalars.items():
-            total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value, count + 1
-
-    def log(self):
-        """One row of log.csv: means since the last row. A loss that is not finite ends the run."""
-        (start, step), now = self.began, time.time()
-        row = dict(step=self.step, **{name: float(total / count) for name, (total, count) in self.sums.items()},
-                   img_per_s=round((self.step - step) * self.args.batch / (now - start), 1))
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            self.bar.close()
-            raise UserError(f"{bad[0]} is not finite at step {self.step}; the last checkpoint is kept: "
-                            "start anew with a lower --lr, or with --precision fp32")
-        self.rows.append({name: f"{value:.6g}" for name, value in row.items()})
-        self.sums, self.began = {}, (now, self.step)
-        self.bar.set_postfix({n: f"{v:.3g}" for n, v in row.items() if n.startswith("loss") or n == "img_per_s"})
-
-        def write(path):
-            names = list(dict.fromkeys(itertools.chain(*self.rows)))
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader(), writer.writerows(self.rows)
-        self.write("log.csv", write)
-
-
-# ---- common: pictures and scores -------------------------------------------------------------------------
-
-def noise(n, args, offset=0):
-    """Noise [n, 3, R, R] of samples offset, offset + 1, ...: each has its own seed, so none depends on the
-    batch it is drawn in, nor on the device."""
-    shape, seeds = (3, args.resolution, args.resolution), range(offset, offset + n)
-    rng = lambda i: torch.Generator().manual_seed(args.seed * 1_000_003 + i)
-    return torch.stack([torch.randn(shape, generator=rng(i)) for i in seeds])
-
-
-def labels_to_draw(args, images):
-    """The classes that samples run through in turn, [C] int64; [0], the null class, without classes."""
-    if not args.labels:
-        return torch.arange(max(1, len(images.classes)))
-    if not images.classes:
-        raise UserError(f"--labels {args.labels}: {images.name} has no classes")
-    picked = []
-    for name in map(str.strip, args.labels.split(",")):
-        if name in images.classes:
-            picked.append(images.classes.index(name))
-        elif name.isdecimal() and int(name) < len(images.classes):
-            picked.append(int(name))
-        else:
-            known = ", ".join(images.classes[:12]) + (", ..." if len(images.classes) > 12 else "")
-            raise UserError(f"--labels {name}: unknown class of {images.name}; there are {known}")
-    return torch.tensor(picked)
-
-
-def save_grid(run, name, rows):
-    """rows: list of float images [C, 3, R, R] in [-1, 1], one list entry a row of the picture."""
-    pixels = to_uint8(torch.cat(rows).cpu())
-    grid = torchvision.utils.make_grid(pixels, nrow=len(rows[0]), padding=2, pad_value=40)
-    scale = max(1, 64 // run.args.resolution)               # so that 32x32 images can be seen
-    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)
-
-
-def draw(run, generate, classes, steps):
-    """Rows of a progress picture: the same noise at each number of steps, columns = classes."""
-    y = classes.repeat(10)[:10].to(run.device)
-    z = noise(len(y), run.args).to(run.device)
-    return [generate(z, y, n) for n in steps]
-
-
-def evaluate(run, images, generate, steps, who):
-    """Sample at each number of steps, save the pictures, and score against the training images.
-
-    generate: (noise [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. Prints a protocol line each.
-    """
-    args, classes = run.args, labels_to_draw(run.args, images)
-    net = reference = None
-    if args.samples:
-        net = fid.load_features(args.features, run.device, args.inception)
-        real = images.pixels[torch.isin(images.labels, classes)] if args.labels else images.pixels
-        reference = fid.statistics(net, real, "features of the data")
-    columns = classes[:10].repeat(10)[:10] if len(classes) < 10 else classes[:10]
-    for n in steps:
-        count = max(args.samples, 80)
-        labels = torch.cat([columns.repeat(8), classes.repeat(count // len(classes) + 1)])[:count]
-        pixels, spent = [], 0.0
-        bar = tqdm(total=count, desc=f"sampling, {n} step{'s' * (n > 1)}", unit="img", leave=False, disable=None)
-        for i in range(0, count, 256):
-            y = labels[i:i + 256].to(run.device)
-            z = noise(len(y), args, offset=i).to(run.device)
-            start = time.perf_counter()
-            pixels.append(to_uint8(generate(z, y, n)).cpu())                        # .cpu() waits for the device
-            spent += time.perf_counter() - start
-            bar.update(len(y))
-            if run.signal:
-                bar.close()
-                print("stopped while sampling; the training is safe, the same command samples again")
-                sys.exit(128 + run.signal)
-        bar.close()
-        pixels = torch.cat(pixels)
-        save_grid(run, f"samples-{n}step.png", list(from_uint8(pixels[:80]).split(10)))
-        if args.npz:
-            run.write(f"samples-{n}step.npz", lambda p: np.savez(
-                p, images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy()))
-        if not args.samples:
-            continue
-        pixels = pixels[:args.samples]
-        value = fid.distance(fid.statistics(net, pixels, "features"), reference)
-        line = (f"{net.label} {value:.4g} | {'inception' if net.label == 'FID' else 'random'} | {len(pixels)} samples "
-                f"vs {reference.n} {images.name} | NFE {n} | {who} | {count / spent:.0f} img/s")
-        print(line + " | fewer than 2048 samples: biased upward" * (len(pixels) < 2048))
-        scores = run.folder / "scores.csv"
-        old = scores.read_text() if scores.exists() else "step,nfe,metric,value,samples,reference,who,img_per_s\n"
-        run.write("scores.csv", lambda p: p.write_text(
-            f"{old}{run.step},{n},{net.label},{value:.6g},{len(pixels)},{reference.n} {images.name},{who},"
-            f"{count / spent:.1f}\n"))
-
-
-# ---- main ------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 class Shortcut(nn.Module):
-    """s(x_t, t, d, y) = c_skip x_t + c_out net(c_in x_t, t, log2 d, y), EDM's preconditioning for this path.
+    """s(x_t, t, d, y) = c_skip x_t + c_out net(x_t / S, t, log2 d, y): EDM's preconditioning.
 
-    For images of variance a^2, x_t has variance S^2 = (1-t)^2 + (t a)^2; c_skip x_t is the best linear guess of
-    x_1 - x_0, and c_out the deviation of what is left, so the network's target has variance one at every t. At
-    t = 0, s = a net - x_0: one step gives x_1 = a net, an image that no noise has to pass through.
+    For images of variance a^2, x_t has variance S^2 = (1-t)^2 + (t a)^2, c_skip x_t is the best
+    linear guess of x_1 - x_0, and c_out the deviation of what is left: the network's target has
+    variance one at every t. At t = 0, s = a net - x_0: one step gives the image x_1 = a net, which
+    no noise had to pass through.
     """
 
     def __init__(self, net, a=0.5):
@@ -499,58 +270,360 @@ class Shortcut(nn.Module):
         return c_skip * x + self.a / S * self.net(x / S, t, d.log2() / -LEVELS, y)
 
 
+# ---- losses --------------------------------------------------------------------------------------
+
+def guided(s, x, t, d, y, cfg_scale=1.0, null_class=0):
+    """Classifier-free guidance, at the finest length only: longer jumps have learned it. 1: off."""
+    v = s(x, t, d, y)
+    if cfg_scale == 1:
+        return v
+    v_null = s(x, t, d, torch.full_like(y, null_class))
+    return torch.where(expand(d <= 1 / M), v_null + cfg_scale * (v - v_null), v)
+
+
+@torch.no_grad()
+def self_consistency_target(s, x_t, t, d, y, cfg_scale=1.0, null_class=0):
+    """What a jump of 2d should do: the mean velocity of two jumps of d. Carries no gradient."""
+    s_t = guided(s, x_t, t, d, y, cfg_scale, null_class)
+    x_next = x_t + expand(d) * s_t                          # Eq. 3: the model's own x'_{t+d}
+    s_next = guided(s, x_next, t + d, d, y, cfg_scale, null_class)
+    return (s_t + s_next) / 2                               # Eq. 4
+
+
+def shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, cfg_scale=1.0, null_class=0):
+    """Eq. 5, as one mean over the batch.
+
+    s, s_ema: callables (x, t, d, y) -> velocity; x_0 noise and x_1 images, [B, 3, R, R] in
+    [-1, 1]; t, d, y [B], of which the first n rows have self-consistency targets.
+    Returns the scalar loss, and the parts of it that the batch has.
+    """
+    x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
+    target = x_1 - x_0                                      # Eq. 2
+    if n:
+        target[:n] = self_consistency_target(s_ema, x_t[:n], t[:n], d[:n] / 2, y[:n],
+                                             cfg_scale, null_class)
+    error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))             # [B]
+    parts = dict(loss_flow=error[n:], loss_shortcut=error[:n])
+    return error.mean(), {name: e.mean().detach() for name, e in parts.items() if len(e)}
+
+
+# ---- sampler -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample(s, x_0, y, steps, cfg_scale=1.0, null_class=0):
+    """`steps` jumps of d = 1/steps from noise x_0 [B, 3, R, R] to images, labels y [B] (Alg. 2)."""
+    x, d = x_0, torch.full((len(x_0),), 1 / steps, device=x_0.device)
+    for i in range(steps):
+        x = x + guided(s, x, i * d, d, y, cfg_scale if steps == M else 1, null_class) / steps
+    return x
+
+
+# ---- common: the run folder ----------------------------------------------------------------------
+
+class Run:
+    """A run folder: arguments, log, checkpoint and pictures, and the signals that end a run.
+
+    modules: by name, all that a resumed training must find as it was. There is no random state to
+    keep: each step seeds the generators by (seed, step).
+    """
+
+    def __init__(self, args, device, images, modules):
+        self.args, self.device, self.modules = args, device, modules
+        self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
+        self.data = [len(images.labels), *images.classes]   # another data set is another run
+        self.sums, self.rows = {}, []
+        self.checkpoint = self.folder / "checkpoint.pt"
+        try:
+            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+        if self.checkpoint.exists():
+            self.load()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        """Training ends after its step, anything else now; a second signal ends that as well."""
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+        if not self.training:
+            print("\nstopped; the training is kept, the same command goes on from it")
+            sys.exit(128 + number)
+
+    def write(self, name, write):
+        """Write a file by write(path), under a temporary name: whole or not at all."""
+        path = self.folder / name
+        temporary = path.with_name(f".{path.name}")         # keeps the ending, which says the format
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:            # torch.save: RuntimeError on a full disk
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
+                            "what was there is kept") from None
+
+    def save(self):
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= dict(method=METHOD, step=self.step, data=self.data)
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+
+    def load(self):
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if state["method"] != METHOD:
+                raise UserError(f"is of {state['method']}.py")
+            if state["data"] != self.data:
+                raise UserError(f"is of other data: {state['data'][0]} images, now {self.data[0]}, "
+                                f"{len(state['data']) - 1} classes, now {len(self.data) - 1}")
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            self.step = state["step"]
+        except Exception as error:                          # torch raises all sorts on a bad file
+            why = error if isinstance(error, UserError) else f"does not load: {error!r}"
+            raise UserError(f"{self.checkpoint}: {' '.join(str(why).split())[:200]}; "
+                            "give another --out, or move it away to train anew") from None
+
+    def begin(self):
+        """Before the first step of a process: record it, and cut the log back to the checkpoint."""
+        try:
+            git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                                 text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
+        except OSError:                                     # no git on this machine
+            git = ""
+        cuda = self.device.type == "cuda"
+        hardware = torch.cuda.get_device_name(self.device) if cuda else \
+            f"{platform.machine()} {self.device}, {torch.get_num_threads()} threads"
+        about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
+                     python=platform.python_version(), torch=torch.__version__)
+        self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+        log = self.folder / "log.csv"
+        rows = csv.DictReader(log.read_text().splitlines() if log.exists() else [])
+        self.rows = [row for row in rows if int(row["step"]) <= self.step]
+        print(f"{'going on' if self.step else 'training'} at step {self.step} of {self.args.iters}"
+              f" in {self.folder} ({hardware}, {self.args.precision})", flush=True)
+
+    def steps(self, end, what="training"):
+        """Yield the steps up to `end`; after each keep what is due, and stop if a signal came."""
+        if self.step >= end:
+            return
+        self.begin()
+        self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
+        with tqdm(total=end, initial=self.step, desc=what, unit="it", disable=None) as self.bar:
+            while self.step < end:
+                torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                stop, last = self.signal, self.step == end
+                due = stop or last or time.monotonic() - saved > 60
+                if due or self.step % 50 == 0:
+                    self.log()                              # first: it refuses what is not finite
+                if due:
+                    self.save()
+                    saved = time.monotonic()
+                if stop:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}; the same command goes on from there")
+                    sys.exit(128 + stop)
+        self.training = False
+
+    def add(self, **scalars):
+        """Collect a step's scalars, on the device until the next row of the log. All losses and
+        gradient norms go through here: this is where the run ends if one is not finite."""
+        for name, value in scalars.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value, count + 1
+
+    def log(self):
+        """One row of log.csv: means since the last."""
+        (then, step), now = self.since, time.monotonic()
+        row = {name: float(total / count) for name, (total, count) in self.sums.items()}
+        row["img_per_s"] = (self.step - step) * self.args.batch / (now - then)
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
+                                "kept: start anew with a lower --lr, or with --precision fp32")
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
+        self.rows.append(dict(step=self.step) | {n: f"{value:.6g}" for n, value in row.items()})
+        self.sums, self.since = {}, (now, self.step)
+        self.write_csv("log.csv", self.rows)
+
+    def write_csv(self, name, rows):
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
+                writer.writeheader()
+                writer.writerows(rows)
+        self.write(name, write)
+
+
+# ---- common: pictures and scores -----------------------------------------------------------------
+
+def noise(n, args, offset=0):
+    """Noise [n, 3, R, R] of the samples offset, offset + 1, ...: each has a seed of its own, so
+    that no sample depends on the batch or the device it is drawn on."""
+    rngs = [torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000_000 + offset + i)
+            for i in range(n)]
+    return torch.stack([torch.randn(3, args.resolution, args.resolution, generator=rng)
+                        for rng in rngs])
+
+
+def classes_to_draw(args, images):
+    """The classes that samples run through in turn [C] int64; the null class where there are none."""
+    if not args.labels:
+        return torch.arange(max(1, len(images.classes)))
+    picked = []
+    for name in map(str.strip, args.labels.split(",")):
+        if name in images.classes:
+            picked.append(images.classes.index(name))
+        elif name.isdecimal() and int(name) < len(images.classes):
+            picked.append(int(name))
+        else:
+            known = ", ".join(images.classes[:12]) or "none"
+            raise UserError(f"--labels {name}: {images.name} has the classes {known}"
+                            + ", ..." * (len(images.classes) > 12))
+    return torch.tensor(picked)
+
+
+def save_grid(run, name, pixels, columns=10):
+    """A picture of uint8 images [N, 3, R, R], row by row, enlarged where they are small."""
+    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2, pad_value=40)
+    scale = max(1, 64 // run.args.resolution)
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)
+
+
+def draw(run, generate, classes, name):
+    """A picture of the training so far: rows = 1, 2, 4, 128 steps, columns = classes, noise fixed."""
+    y = classes.repeat(10)[:10].to(run.device)
+    z = noise(10, run.args).to(run.device)
+    save_grid(run, name, torch.cat([to_uint8(generate(z, y, n)).cpu() for n in (1, 2, 4, 128)]))
+
+
+class Scorer:
+    """The feature network and the reference statistics: asked for before the training, so that
+    what cannot work is said at once; computed when first needed."""
+
+    def __init__(self, args, device, images):
+        self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
+        self.classes, self.reference = classes_to_draw(args, images), None
+        self.net = fid.load_features(args.features, device, args.inception) if args.samples else None
+
+    def __call__(self, pixels):
+        """The protocol's fields of samples [N, 3, R, R] uint8."""
+        if self.reference is None:
+            wanted = torch.isin(self.images.labels, self.classes)
+            self.reference = fid.statistics(self.net, self.images.pixels[wanted], "data features")
+        value = fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
+        return dict(metric=self.net.label, value=f"{value:.4g}", features=self.net.name,
+                    samples=f"{len(pixels)} samples vs {self.reference.n} {self.name}")
+
+
+def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
+    """Sample at each number of steps, save the pictures, score, and print a protocol line each.
+
+    generate: (noise [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
+    """
+    args, classes = run.args, scorer.classes
+    for n in steps:
+        count = max(args.samples, 80)                       # the picture takes 80
+        labels = torch.cat([classes.repeat(10)[:10].repeat(8),
+                            classes.repeat(count // len(classes) + 1)])[:count]
+        pixels, spent = [], 0.0
+        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
+            for i in range(0, count, 256):
+                y, start = labels[i:i + 256].to(run.device), time.perf_counter()
+                z = noise(len(y), args, i).to(run.device)
+                pixels.append(to_uint8(generate(z, y, n)).cpu())            # .cpu() waits
+                spent += time.perf_counter() - start
+                bar.update(len(y))
+        pixels = torch.cat(pixels)
+        save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
+        if args.npz:
+            images = pixels.permute(0, 2, 3, 1).numpy()
+            run.write(f"{prefix}-{n}step.npz",
+                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
+        if args.samples:
+            row = scorer(pixels[:args.samples]) | dict(nfe=f"NFE {nfe(n)}", who=who,
+                                                       speed=f"{count / spent:.0f} img/s")
+            row |= dict(note="fewer than 2048 samples: biased upward") if args.samples < 2048 else {}
+            print(" | ".join(row.values()).replace(" | ", " ", 1), flush=True)
+            path = run.folder / "scores.csv"
+            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            run.write_csv("scores.csv", [*rows, dict(step=run.step) | row])
+    print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
 def main(argv=None):
     args = parse_args(argv)
     device, autocast = set_up(args)
     images = fid.load_images(args.data, args.resolution)
-    null_class, classes = len(images.classes), labels_to_draw(args, images)
+    scorer, null_class = Scorer(args, device, images), len(images.classes)
+    if args.cfg != 1 and not images.classes:
+        raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
     pixels, labels = images.pixels.to(device), images.labels.to(device)
 
     torch.manual_seed(args.seed)
-    s = Shortcut(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, null_class,
-                      conditions=2, dropout=args.dropout)).to(device, memory_format=torch.channels_last)
-    s_ema = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(args.ema))           # targets and evaluation
+    s = Shortcut(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention,
+                      null_class, conditions=2, dropout=args.dropout))
+    s.to(device, memory_format=torch.channels_last)
+    s_ema = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(args.ema))   # targets and evaluation
     s_ema.eval().requires_grad_(False)
-    opt = torch.optim.AdamW(s.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=True)
+    opt = torch.optim.AdamW(s.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay,
+                            fused=True)
     warmup = min(100, args.iters // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1, (i + 1) / warmup)
-                                                 * (0.5 + 0.5 * math.cos(math.pi * i / args.iters)))
-    run = Run(args, dict(s=s, s_ema=s_ema, opt=opt, schedule=schedule), device)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / args.iters)) / 2)
+    run = Run(args, device, images, dict(s=s, s_ema=s_ema, opt=opt, schedule=schedule))
     cfg = dict(cfg_scale=args.cfg, null_class=null_class)
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        s.net.compile(), s_ema.module.net.compile()
 
     def generate(z, y, steps):
         with autocast:
             return sample(s_ema, z, y, steps, **cfg)
 
-    if run.step < args.iters:
-        run.begin(images.name)
-    for step in run.steps():
-        i = torch.randint(len(pixels), (args.batch,)).to(device)
+    for step in run.steps(args.iters):
+        i = torch.randint(len(pixels), (args.batch,), device=device)
         x_1, y = from_uint8(pixels[i]), labels[i]
-        if args.flip == "yes":
+        if args.flip:
             x_1 = torch.where(expand(torch.rand(args.batch, device=device) < 0.5), x_1.flip(3), x_1)
-        y_flow = y
-        if args.cfg != 1:
-            y_flow = torch.where(torch.rand(args.batch, device=device) < args.label_dropout, null_class, y)
         x_0 = torch.randn_like(x_1)
         t, d, n = draw_t_d(args.batch, args.k, device)
+        if args.cfg != 1:                                   # flow rows alone need the null class
+            drop = torch.rand(args.batch, device=device) < args.label_dropout
+            y = torch.where(drop & (torch.arange(args.batch, device=device) >= n), null_class, y)
         with autocast:
-            loss, parts = shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, y_flow, **cfg)
+            loss, parts = shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, **cfg)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(s.parameters(), 1.0)
-        opt.step(), schedule.step(), opt.zero_grad()
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
         s_ema.update_parameters(s)
         run.add(loss=loss.detach(), **parts, grad_norm=grad_norm)
         if (step + 1) % max(1, args.iters // 10) == 0:
-            save_grid(run, f"progress/{step + 1:07d}.png", draw(run, generate, classes, (1, 2, 4, 128)))
-    evaluate(run, images, generate, args.steps, "shortcut ema" if args.k else "flow ema")
+            draw(run, generate, scorer.classes, f"progress/{step + 1:07d}.png")
 
+    draw(run, generate, scorer.classes, "samples.png")
+    evaluate(run, scorer, generate, args.steps, "shortcut ema" if args.k else "flow ema",
+             nfe=lambda steps: 2 * steps if args.cfg != 1 and steps == M else steps)
+
+
+# ---- common: errors ------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
-        print(f"{METHOD}.py: {error}", file=sys.stderr)
+    except (UserError, torch.OutOfMemoryError) as error:
+        message = error if isinstance(error, UserError) else "out of memory; give a smaller --batch"
+        print(f"{METHOD}.py: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:                               # before the training: nothing to save
+    except KeyboardInterrupt:                               # before there is anything to keep
+        print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -23,10 +23,12 @@ TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 -
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_old_signals(monkeypatch):
-    """Bit for bit holds for one setting of the threads; a run installs signal handlers."""
+def small_and_with_the_old_signals(monkeypatch):
+    """A run installs signal handlers."""
     old = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(fid, "shapes", lambda resolution: SMALL[resolution])        # 200 images, drawn once
+    monkeypatch.setattr(shortcut, "draw", lambda run, generate, classes, name, draw=shortcut.draw:
+                        draw(run, lambda z, y, n: generate(z, y, min(n, 4)), classes, name))
     yield
     for n, handler in old:
         signal.signal(n, handler)
@@ -97,7 +99,7 @@ def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, monkeypatc
         stop_after(patch, 5)
         shortcut.main([*line, "--out", str(tmp_path / "halves")])
     assert stop.value.code == 143 and weights(tmp_path / "halves")["step"] == 5
-    assert "stopped at step 5 of 10; the same command goes on" in capsys.readouterr().out
+    assert "stopped at step 5; the same command goes on" in capsys.readouterr().out
     shortcut.main([*line, "--out", str(tmp_path / "halves")])
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
     for name in ("samples-1step.png", "samples-2step.png", "progress/0000010.png"):
@@ -108,7 +110,9 @@ def test_kill_9_in_mid_training_loses_nothing_before_the_checkpoint(tmp_path):
     """A real process, killed for real: the same line goes on and ends with the weights of a whole run."""
     code = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, {root!r}); import fid, shortcut\n"
             "fid.shapes = lambda resolution, draw=fid.shapes: draw(200, resolution)\n"
-            "if {often}: time.time = lambda n=[0]: n.__setitem__(0, n[0] + 40) or n[0]      # saves every other step\n"
+            "shortcut.draw = lambda *args: None\n"
+            "import itertools\n"
+            "if {often}: time.monotonic = itertools.count(0, 40).__next__       # saves every other step\n"
             "shortcut.main(sys.argv[1:])")
     run = lambda often, *more: subprocess.Popen(
         [sys.executable, "-c", code.format(root=str(ROOT), often=often), *TINY, "--samples", "0", "--iters", "30",
@@ -179,31 +183,44 @@ def test_shapes_that_were_trained_on_are_what_a_folder_gives(tmp_path):
 # ---- mistakes ----------------------------------------------------------------------------------------
 
 MISTAKES = [
-    ("--steps 3", "a shortcut model jumps in 1, 2, 4"),
-    ("--steps 256", "a shortcut model jumps in 1, 2, 4"),
+    ("--steps 3", "--steps 3: a shortcut model jumps in 1, 2, 4"),
+    ("--steps 256", "--steps 256: a shortcut model jumps in 1, 2, 4"),
+    ("--steps 0", "--steps 0: a shortcut model jumps in 1, 2, 4"),
     ("--steps one", "--steps: invalid numbers value: 'one'"),
     ("--steps ,", "--steps needs a number"),
+    ("--samples 1", "--samples 0 or at least 2"),
+    ("--samples -1", "--samples -1: expected at least 0"),
     ("--data nowhere", "--data nowhere: no such data set or folder"),
     ("--data EMPTY", "no images in it"),
     ("--data README.md", "is a file"),
-    ("--labels unicorn", "--labels unicorn: unknown class of shapes train"),
-    ("--labels 10", "--labels 10: unknown class"),
+    ("--data cifar10 --resolution 64", "cifar10 is 32x32"),
+    ("--labels unicorn", "--labels unicorn: shapes train has the classes circle, square"),
+    ("--labels 10", "--labels 10: shapes train has the classes"),
     ("--iters 0", "--iters 0: expected at least 1"),
     ("--iters 1.5", "--iters: invalid int value"),
     ("--batch -4", "--batch -4: expected at least 1"),
-    ("--lr 20", "--lr, --ema and --dropout lie between 0 and 1"),
-    ("--ema 1", "--lr, --ema and --dropout lie between 0 and 1"),
+    ("--seed -1", "--seed -1: expected at least 0"),
+    ("--seed 99999999999", "--seed 99999999999: expected"),
+    ("--lr 20", "--lr 20.0: expected a number between 0 and 1"),
+    ("--lr nan", "--lr nan: expected a number between 0 and 1"),
+    ("--ema 1", "--ema 1.0: expected a number between 0 and 1"),
+    ("--dropout -0.1", "--dropout -0.1: expected a number between 0 and 1"),
+    ("--weight-decay -1", "--weight-decay -1.0: expected at least 0"),
     ("--k 1.5", "--k 1.5: is a share of the batch"),
-    ("--cfg -1", "expected a scale of at least 0"),
-    ("--channels 24", "--channels is a multiple of 16"),
-    ("--mult 1,2", "--mult and --blocks are as many numbers"),
-    ("--resolution 18", "cannot be halved"),
-    ("--data cifar10 --resolution 64", "cifar10 is 32x32"),
+    ("--cfg -1", "--cfg is a scale of at least 0"),
+    ("--cfg nan", "--cfg is a scale of at least 0"),
+    ("--channels 24", "--channels 24: expected a multiple of 16"),
+    ("--mult 1,2", "--mult and --blocks: expected as many numbers"),
+    ("--mult ,", "--mult: invalid"),
+    ("--attention 7", "--attention 7: no stage has that resolution"),
+    ("--resolution 18", "--resolution 18: cannot be halved 2 times"),
     ("--device tpu", "--device tpu: not available here"),
+    ("--device cuda:99", "--device cuda:99: not available here"),
     ("--precision fp8", "--precision: invalid choice"),
     ("--features vgg", "--features: invalid choice"),
     ("--inception nowhere.pth --features inception", "--inception nowhere.pth: cannot be read"),
-    ("--out README.md/run", "cannot be"),
+    ("--out README.md/run", "--out README.md/run: cannot be made"),
+    ("--out FULL", "--out FULL: is no run folder and not empty"),
     ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
     ("--step 1", "unrecognized arguments: --step 1"),
 ]
@@ -212,14 +229,16 @@ MISTAKES = [
 @pytest.mark.parametrize("line, message", MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_a_mistake_is_one_line_and_touches_nothing(line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "EMPTY").mkdir(), (tmp_path / "README.md").write_text("text")
-    monkeypatch.setattr(shortcut.Run, "steps", lambda run: iter(()))                # nothing may train
-    monkeypatch.setattr(shortcut.torch, "save", None)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FULL").mkdir()
+    for name in ("README.md", "FULL/log.csv"):
+        (tmp_path / name).write_text("text")
+    monkeypatch.setattr(shortcut, "shortcut_loss", None)                            # nothing may train
     with pytest.raises(fid.UserError) as error:
         shortcut.main(["--device", "cpu", *line.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
-    left = {p.name for p in tmp_path.rglob("*") if p.is_file()} - {"args.json"}
-    assert left == {"README.md"} and (tmp_path / "README.md").read_text() == "text"
+    left = {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {"README.md": "text", "log.csv": "text"}
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
@@ -228,6 +247,63 @@ def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "shortcut.py: --steps 3: a shortcut model jumps in 1, 2, 4, ... or 128 steps\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_guidance_needs_classes_and_one_process_is_all_there_is(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "one.png")
+    line = ["--device", "cpu", "--resolution", "16", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    with pytest.raises(fid.UserError, match="has no classes to guide to"):
+        shortcut.main([*line, "--cfg", "2", "--samples", "0"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(fid.UserError, match="trains in one process"):
+        shortcut.main(line)
+
+
+@pytest.mark.parametrize("options", ["--k 0", "--k 1", "--batch 1", "--batch 2 --k 0.1", "--cfg 2 --label-dropout 0.5",
+                                     "--compile"])
+def test_every_kind_of_batch_trains_and_samples(options, tmp_path, capsys):
+    shortcut.main([*TINY, *options.split(), "--out", str(tmp_path / "run"), "--iters", "3", "--steps", "1,128"])
+    lines = [l for l in capsys.readouterr().out.splitlines() if l.startswith("FD-random")]
+    calls = ["NFE 1", "NFE 256" if "--cfg" in options else "NFE 128"]               # guidance asks twice
+    assert [line.split(" | ")[3] for line in lines] == calls
+    assert ("flow ema" if options == "--k 0" else "shortcut ema") in lines[0]
+
+
+def test_other_data_of_the_same_name_is_another_run(tmp_path, monkeypatch):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1", "--samples", "0"]
+    shortcut.main(line)
+    monkeypatch.setattr(fid, "shapes", lambda resolution: tuple(t[:100] for t in SMALL[resolution]))
+    with pytest.raises(fid.UserError, match="is of other data: 200 images, now 100"):
+        shortcut.main(line)
+
+
+def test_a_start_that_got_nowhere_binds_nobody(tmp_path, monkeypatch):
+    """args.json without a checkpoint: the options may change."""
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1", "--samples", "0"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(shortcut, "shortcut_loss", lambda *args, **kwargs: 1 / 0)
+        shortcut.main(line)
+    assert (tmp_path / "run" / "args.json").exists()
+    shortcut.main([*line, "--k", "0.5"])
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"args": []}', '{"args": {"method": "dmd2"}}'])
+def test_a_broken_args_json_is_one_line(text, tmp_path):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1", "--samples", "0"]
+    shortcut.main(line)
+    (tmp_path / "run" / "args.json").write_text(text)
+    with pytest.raises(fid.UserError, match="cannot be read|holds a run of dmd2.py") as error:
+        shortcut.main(line)
+    assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_while_sampling_keeps_the_training(tmp_path, monkeypatch, capsys):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "2"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(shortcut, "evaluate", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+        shortcut.main(line)
+    assert stop.value.code == 130 and "the training is kept" in capsys.readouterr().out
+    assert weights(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.parametrize("content, message", [
@@ -255,11 +331,11 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path):
     class Hostile:
         def __reduce__(self):
             return pathlib.Path.touch, (tmp_path / "owned",)
-    out = tmp_path / "run"
-    out.mkdir()
-    torch.save(dict(method="shortcut", step=0, s=Hostile()), out / "checkpoint.pt")
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1", "--samples", "0"]
+    shortcut.main(line)
+    torch.save(dict(method="shortcut", step=0, s=Hostile()), tmp_path / "run" / "checkpoint.pt")
     with pytest.raises(fid.UserError, match="does not load"):
-        shortcut.main([*TINY, "--out", str(out)])
+        shortcut.main(line)
     assert not (tmp_path / "owned").exists()
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from shortcut import (LEVELS, M, Shortcut, draw_t_d, expand, guided, sample, shortcut_loss,
-                      two_half_steps)
+from shortcut import (LEVELS, M, Shortcut, draw_t_d, expand, guided, sample,
+                      self_consistency_target, shortcut_loss)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "shortcut_official.npz"
 MEAN, STD = 0.3, 0.6
@@ -48,7 +48,7 @@ def test_target_of_the_exact_jump_is_the_exact_jump(level):
     d = torch.full((2 ** level,), 0.5 ** level, dtype=torch.float64)
     t = torch.arange(2 ** level, dtype=torch.float64) * d
     x = torch.randn(len(t), 3, 4, 4, dtype=torch.float64)
-    assert_close(two_half_steps(exact_jump, x, t, d, None), exact_jump(x, t, d))
+    assert_close(self_consistency_target(exact_jump, x, t, d / 2, None), exact_jump(x, t, d))
 
 
 def test_target_by_hand():
@@ -58,14 +58,14 @@ def test_target_by_hand():
     s_1 = 2 * 0.5 + 3 * 0.25 + 5 * 0.25 + 1                                         # 4
     s_2 = 2 * (0.5 + 0.25 * s_1) + 3 * 0.5 + 5 * 0.25 + 1                           # 6.75
     assert (s_1, s_2) == (4.0, 6.75)
-    assert_close(two_half_steps(s, x, t, d, y), torch.full((1, 3, 1, 1), (s_1 + s_2) / 2))
+    assert_close(self_consistency_target(s, x, t, d / 2, y), torch.full((1, 3, 1, 1), (s_1 + s_2) / 2))
 
 
 def test_target_has_no_gradient_and_the_loss_reaches_only_the_network():
     s, s_ema = torch.nn.Parameter(torch.tensor(0.7)), torch.nn.Parameter(torch.tensor(0.4))
     x_0, x_1, y = batch(8, dtype=torch.float32)
     t, d, n = torch.zeros(8), torch.ones(8), 8
-    loss, _ = shortcut_loss(lambda x, t, d, y: s * x, lambda x, t, d, y: s_ema * x, x_0, x_1, t, d, n, y, y)
+    loss, _ = shortcut_loss(lambda x, t, d, y: s * x, lambda x, t, d, y: s_ema * x, x_0, x_1, t, d, n, y)
     loss.backward()
     assert s_ema.grad is None
     # By hand at t = 0, d = 1: target = c x_0 with c the mean of w and w (1 + w/2), w = .4.
@@ -93,7 +93,7 @@ def test_targets_equal_the_official_codes(case, cfg_scale):
         return 0.3 * x + expand(t - 0.05 * (-d.log2())) + 0.02 * expand(y.float())
     x_t = (1 - (1 - 1e-5) * expand(t)) * x_0 + expand(t) * x_1
     assert_close(x_t, nchw(z["x_t"]), rtol=1e-5, atol=1e-6)
-    target = two_half_steps(s, x_t[:n], t[:n], d[:n], y[:n], cfg_scale, null_class=10)
+    target = self_consistency_target(s, x_t[:n], t[:n], d[:n] / 2, y[:n], cfg_scale, null_class=10)
     official, half = nchw(z["v"])[:n], d[:n] / 2
     x_mid = x_t[:n] + expand(half) * guided(s, x_t[:n], t[:n], half, y[:n], cfg_scale, null_class=10)
     inside = (x_mid.abs() < 4) & (official.abs() < 4)
@@ -101,9 +101,7 @@ def test_targets_equal_the_official_codes(case, cfg_scale):
     assert_close(target[inside], official[inside], rtol=1e-5, atol=1e-6)
     assert_close((x_1 - (1 - 1e-5) * x_0)[n:], nchw(z["v"])[n:], rtol=1e-5, atol=1e-6)
     # And the loss takes exactly these targets: a network that returns them has none left.
-    y_flow = torch.from_numpy(z["labels"]).long()
-    _, parts = shortcut_loss(lambda x, t, d, y: nchw(z["v"]), s, x_0, x_1, t, d, n, y, y_flow, cfg_scale,
-                             null_class=10)
+    _, parts = shortcut_loss(lambda x, t, d, y: nchw(z["v"]), s, x_0, x_1, t, d, n, y, cfg_scale, null_class=10)
     assert parts["loss_flow"] < 1e-9 and parts["loss_shortcut"] < 2e-6              # the one clipped value
 
 
@@ -152,7 +150,7 @@ def test_k_0_is_flow_matching():
     t, d, n = draw_t_d(64, 0.0)
     x_0, x_1, y = batch()
     t, s = t.double(), lambda x, t, d, y: x.sin()
-    loss, parts = shortcut_loss(s, None, x_0, x_1, t, d, n, y, y)                   # no target network needed
+    loss, parts = shortcut_loss(s, None, x_0, x_1, t, d, n, y)                   # no target network needed
     x_t = (1 - expand(t)) * x_0 + expand(t) * x_1
     assert n == 0 and (d == 1 / M).all()
     assert_close(loss, ((x_t.sin() - (x_1 - x_0)) ** 2).mean())
@@ -166,28 +164,26 @@ def test_loss_of_the_exact_flow_is_at_its_floor():
     t, d, n = draw_t_d(len(x_0), 0.25)
     t, d = t.double(), d.double()
     exact = lambda x, t, d, y: torch.where(expand(d) > 1 / M, exact_jump(x, t, d), exact_velocity(x, t))
-    _, parts = shortcut_loss(exact, exact_jump, x_0, x_1, t, d, n, y, y)
+    _, parts = shortcut_loss(exact, exact_jump, x_0, x_1, t, d, n, y)
     assert parts["loss_shortcut"] < 1e-20
     floor = (STD / spread(t[n:])).square().mean()
     assert_close(parts["loss_flow"], floor, rtol=0.02, atol=0)
     for off in (-0.1, 0.1):
-        _, worse = shortcut_loss(lambda *a: exact(*a) + off, exact_jump, x_0, x_1, t, d, n, y, y)
+        _, worse = shortcut_loss(lambda *a: exact(*a) + off, exact_jump, x_0, x_1, t, d, n, y)
         assert_close(worse["loss_shortcut"].item(), 0.01, rtol=1e-6, atol=0)
         assert_close(worse["loss_flow"] - parts["loss_flow"], torch.tensor(0.01).double(), atol=0.004, rtol=0)
 
 
-def test_labels_are_dropped_in_the_flow_rows_only():
-    seen = {}
-    def s(x, t, d, y):
-        seen["net"] = y
-        return x
-    def s_ema(x, t, d, y):
-        seen["ema"] = y
-        return x
+@pytest.mark.parametrize("n, names", [(0, {"loss_flow"}), (3, {"loss_flow", "loss_shortcut"}),
+                                      (8, {"loss_shortcut"})])
+def test_the_loss_is_one_mean_over_the_batch_and_names_the_parts_it_has(n, names):
     x_0, x_1, y = batch(8)
-    t, d, n = torch.zeros(8).double(), torch.tensor([1.0] * 3 + [1 / M] * 5).double(), 3
-    shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, torch.full_like(y, 10))
-    assert seen["net"].tolist() == [0, 1, 2, 10, 10, 10, 10, 10] and seen["ema"].tolist() == [0, 1, 2]
+    t = torch.zeros(8).double()
+    d = torch.where(torch.arange(8) < n, 1.0, 1 / M).double()
+    loss, parts = shortcut_loss(lambda x, t, d, y: x, exact_jump, x_0, x_1, t, d, n, y)
+    assert parts.keys() == names
+    means = n * parts.get("loss_shortcut", 0) + (8 - n) * parts.get("loss_flow", 0)
+    assert_close(loss, means / 8)
 
 
 # ---- the sampler -------------------------------------------------------------------------------------
@@ -197,6 +193,7 @@ def test_every_number_of_steps_carries_noise_to_data_exactly(steps):
     """With the exact jump, 1 step = 128 steps: x_1 = m + a x_0, as the flow of a Gaussian must."""
     x_0, _, y = batch(4)
     calls = []
+
     def s(x, t, d, y):
         calls.append((t[0].item(), d[0].item()))
         return exact_jump(x, t.double(), d.double())
