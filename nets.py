@@ -1,22 +1,25 @@
 """nets.py: the compact class-conditional UNet that add.py, dmd2.py and shortcut.py share.
 
-A reader of the methods needs one line of it: `net(x, t, d=None, y=None)` maps images [B, 3, R, R] to a
-float tensor of the same shape, given scalars t (and d) of order one per image and labels y. What the output
-means (a velocity, a denoised image) is the script's business; `net.encode` gives the encoder's features.
+A reader of the methods needs one line of it: `net(x, t, d=None, y=None)` maps images [B, 3, R, R]
+to a float tensor of the same shape, given scalars t (and d) of order one per image and labels y.
+What the output means (a velocity, a denoised image) is the script's business; `net.encode` gives
+the encoder's features.
 
 The shape, and why (speed: training steps of a 32x32 net in bf16 on two CPU cores):
-  * Residual blocks of GroupNorm, SiLU, 3x3 convolution, with the condition as scale and shift of the second
-    norm (ADM, Dhariwal and Nichol 2021): what EDM and most since have kept.
+  * Residual blocks of GroupNorm, SiLU, 3x3 convolution, with the condition as scale and shift of
+    the second norm (ADM, Dhariwal and Nichol 2021): what EDM and most since have kept.
   * A narrow first stage at full resolution, not a stem of patches: outlines come out cleaner.
-  * Down to 4x4 where the picture must agree with itself (one colour a shape): the coarse stages cost little,
-    and there every position sees every other without attention.
-  * Skips are added after a 1x1 at the coarser resolution, not concatenated: the decoder's 3x3 convolutions
-    see half the channels.
-  * Groups of 16 channels: with channels-last tensors the backward pass of GroupNorm is 3-10 times slower
-    for groups that do not fill the processor's vectors.
-  * Attention is off unless asked for: in the first minutes of a CPU run it costs more than it brings. It is
-    written as two matrix products, which beat the fused kernel at <= 64 positions in bf16.
-  * Each block's second convolution and the last layer start at zero: blocks are the identity, the net is 0.
+  * Down to 4x4 where the picture must agree with itself (one colour a shape): the coarse stages
+    cost little, and there every position sees every other without attention.
+  * Skips are added after a 1x1 at the coarser resolution, not concatenated: the decoder's 3x3
+    convolutions see half the channels.
+  * Groups of 16 channels: with channels-last tensors the backward pass of GroupNorm is 3-10 times
+    slower for groups that do not fill the processor's vectors.
+  * Attention is off unless asked for: in the first minutes of a CPU run it costs more than it
+    brings. It is written as two matrix products, which beat the fused kernel at <= 64 positions
+    in bf16.
+  * Each block's second convolution and the last layer start at zero: blocks are the identity,
+    the net is 0.
 """
 import math
 
@@ -64,25 +67,27 @@ class Attention(nn.Module):
     def forward(self, x, emb):
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
-        weights = (q.mT @ k * (c // self.heads) ** -0.5).float().softmax(-1)        # [B, heads, HW, HW]
+        weights = (q.mT @ k * (c // self.heads) ** -0.5).float().softmax(-1)    # [B, heads, HW, HW]
         return x + self.out((v @ weights.mT.to(v.dtype)).reshape(b, c, h, w))
 
 
 class UNet(nn.Module):
     """Class-conditional UNet.
 
-    resolution: side R of the images, divisible by 2^(stages - 1). channels: width of the first stage, a
-    multiple of 16; mult: each stage's width in `channels`; blocks: each stage's residual blocks, in the
-    encoder and again in the decoder. attention: resolutions with self-attention. num_classes: labels are
-    0 .. num_classes - 1, and num_classes is the null class. conditions: how many scalars, t and those in d.
+    resolution: side R of the images, divisible by 2^(stages - 1). channels: width of the first
+    stage, a multiple of 16; mult: each stage's width in `channels`; blocks: each stage's residual
+    blocks, in the encoder and again in the decoder. attention: resolutions with self-attention.
+    num_classes: labels are 0 .. num_classes - 1, and num_classes is the null class. conditions:
+    how many scalars, t and those in d.
     """
 
-    def __init__(self, resolution=32, channels=32, mult=(1, 2, 4, 4), blocks=(1, 1, 1, 1), attention=(),
-                 num_classes=0, conditions=1, dropout=0.0):
+    def __init__(self, resolution=32, channels=32, mult=(1, 2, 4, 4), blocks=(1, 1, 1, 1),
+                 attention=(), num_classes=0, conditions=1, dropout=0.0):
         super().__init__()
         self.null_class, widths, emb = num_classes, [channels * m for m in mult], 4 * channels
         # Periods from 2 to 1/32: the scalars are of order one.
-        self.register_buffer("frequencies", math.pi * 2 ** torch.linspace(0, 6, channels // 2), persistent=False)
+        self.register_buffer("frequencies", math.pi * 2 ** torch.linspace(0, 6, channels // 2),
+                             persistent=False)
         self.embed_scalars = nn.Linear(conditions * 2 * len(self.frequencies), emb)
         self.embed_label = nn.Embedding(num_classes + 1, emb)
         self.embed_out = nn.Linear(emb, emb)
@@ -98,22 +103,25 @@ class UNet(nn.Module):
         sides = [resolution >> i for i in range(len(mult))]
         ins = [channels, *widths[:-1]]
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        # Scale and shift say what to draw, not where: so each stage learns a map of places, and each class a
-        # map at the coarsest stage (few channels: there may be 1000 classes).
-        self.place = nn.ParameterList(nn.Parameter(0.02 * torch.randn(c, r, r)) for c, r in zip(ins, sides))
+        # Scale and shift say what to draw, not where: so each stage learns a map of places,
+        # and each class a map at the coarsest stage (few channels: there may be 1000 classes).
+        self.place = nn.ParameterList(nn.Parameter(0.02 * torch.randn(c, r, r))
+                                      for c, r in zip(ins, sides))
         self.label_map = nn.Embedding(num_classes + 1, 16 * sides[-1] ** 2)
         self.label_map_out = nn.Conv2d(16, widths[-1], 1)
         self.encoder = nn.ModuleList(map(stage, ins, widths, blocks, sides))
         self.middle = stage(widths[-1], widths[-1], 1, sides[-1])
-        outs = [*widths[1:], widths[-1]]                                # what comes up into each stage
+        outs = [*widths[1:], widths[-1]]                        # what comes up into each stage
         self.merge = nn.ModuleList(nn.Conv2d(cin, cout, 1) for cin, cout in zip(outs, widths))
         self.decoder = nn.ModuleList(map(stage, widths, widths, blocks, sides))
-        self.norm_out, self.conv_out = group_norm(widths[0]), zero_init(nn.Conv2d(widths[0], 3, 3, padding=1))
+        self.norm_out, self.conv_out = (group_norm(widths[0]),
+                                        zero_init(nn.Conv2d(widths[0], 3, 3, padding=1)))
 
     def embedding(self, t, d=None, y=None):
-        """t [B], d [B] or [B, conditions - 1] or None, y [B] int64 or None (the null class) -> [B, E]."""
+        """t [B], d [B] or [B, conditions - 1] or None, y [B] int64 or None (the null class)
+        -> [B, E]."""
         scalars = t[:, None] if d is None else torch.cat([t[:, None], d.reshape(len(t), -1)], 1)
-        phase = scalars.float()[:, :, None] * self.frequencies                      # [B, conditions, C/2]
+        phase = scalars.float()[:, :, None] * self.frequencies              # [B, conditions, C/2]
         e = self.embed_scalars(torch.cat([phase.cos(), phase.sin()], 2).flatten(1))
         return F.silu(self.embed_out(F.silu(e + self.embed_label(self.labels(t, y)))))
 
@@ -121,7 +129,8 @@ class UNet(nn.Module):
         return torch.full(t.shape, self.null_class, device=t.device) if y is None else y
 
     def encode(self, x, t, d=None, y=None, emb=None):
-        """The encoder's features: a list, one a stage, [B, C_i, R / 2^i, R / 2^i], the deepest last."""
+        """The encoder's features: a list, one a stage, [B, C_i, R / 2^i, R / 2^i],
+        the deepest last."""
         emb = self.embedding(t, d, y) if emb is None else emb
         h, features = self.conv_in(x), []
         for i, layers in enumerate(self.encoder):

@@ -18,7 +18,8 @@ Departs from the paper in:
     the network is told log2 d;
   * every batch size trains every length: a batch's lengths are dealt in turn from a random start
     (the official code gives small batches nothing but d = 1);
-  * the learning rate warms up and decays to zero, Adam's second beta is 0.99, gradients are clipped;
+  * the learning rate warms up and decays to zero, Adam's second beta is 0.99,
+    gradients are clipped;
   * labels are dropped for guidance only when there is guidance (--cfg), in the flow rows only.
 """
 import argparse
@@ -353,13 +354,13 @@ class Run:
     def write(self, name, write):
         """Write a file by write(path), under a temporary name: whole or not at all."""
         path = self.folder / name
-        temporary = path.with_name(f".{path.name}")         # keeps the ending, which says the format
+        temporary = path.with_name(f".{path.name}")     # keeps the ending, which says the format
         try:
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:            # torch.save: RuntimeError on a full disk
+        except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
             temporary.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
                             "what was there is kept") from None
@@ -471,7 +472,8 @@ def noise(n, args, offset=0):
 
 
 def classes_to_draw(args, images):
-    """The classes that samples run through in turn [C] int64; the null class where there are none."""
+    """The classes that samples run through in turn [C] int64;
+    the null class where there are none."""
     if not args.labels:
         return torch.arange(max(1, len(images.classes)))
     picked = []
@@ -496,7 +498,8 @@ def save_grid(run, name, pixels, columns=10):
 
 
 def draw(run, generate, classes, name):
-    """A picture of the training so far: rows = 1, 2, 4, 128 steps, columns = classes, noise fixed."""
+    """A picture of the training so far:
+    rows = 1, 2, 4, 128 steps, columns = classes, noise fixed."""
     y = classes.repeat(10)[:10].to(run.device)
     z = noise(10, run.args).to(run.device)
     save_grid(run, name, torch.cat([to_uint8(generate(z, y, n)).cpu() for n in (1, 2, 4, 128)]))
@@ -509,7 +512,8 @@ class Scorer:
     def __init__(self, args, device, images):
         self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
-        self.net = fid.load_features(args.features, device, args.inception) if args.samples else None
+        self.net = (fid.load_features(args.features, device, args.inception)
+                    if args.samples else None)
 
     def __call__(self, pixels):
         """The protocol's fields of samples [N, 3, R, R] uint8."""
@@ -548,7 +552,8 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         if args.samples:
             row = scorer(pixels[:args.samples]) | dict(nfe=f"NFE {nfe(n)}", who=who,
                                                        speed=f"{count / spent:.0f} img/s")
-            row |= dict(note="fewer than 2048 samples: biased upward") if args.samples < 2048 else {}
+            row |= (dict(note="fewer than 2048 samples: biased upward")
+                    if args.samples < 2048 else {})
             print(" | ".join(row.values()).replace(" | ", " ", 1), flush=True)
             path = run.folder / "scores.csv"
             rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []

@@ -1,4 +1,5 @@
-"""The contract with users: run folder, resume bit for bit, signals, bad input; at tiny sizes, without a network."""
+"""The contract with users: run folder, resume bit for bit, signals, bad input;
+at tiny sizes, without a network."""
 import csv
 import json
 import os
@@ -18,15 +19,16 @@ import fid
 import shortcut
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 --blocks 1,1 --batch 8 --samples 32 " \
-       "--steps 1,2".split()
+TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 --blocks 1,1 " \
+       "--batch 8 --samples 32 --steps 1,2".split()
 
 
 @pytest.fixture(autouse=True)
 def small_and_with_the_old_signals(monkeypatch):
     """A run installs signal handlers."""
     old = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(fid, "shapes", lambda resolution: SMALL[resolution])        # 200 images, drawn once
+    monkeypatch.setattr(fid, "shapes",
+                        lambda resolution: SMALL[resolution])           # 200 images, drawn once
     monkeypatch.setattr(shortcut, "draw", lambda run, generate, classes, name, draw=shortcut.draw:
                         draw(run, lambda z, y, n: generate(z, y, min(n, 4)), classes, name))
     yield
@@ -67,25 +69,28 @@ def stop_after(monkeypatch, n, number=signal.SIGTERM):
     monkeypatch.setattr(shortcut, "shortcut_loss", loss)
 
 
-# ---- a run -------------------------------------------------------------------------------------------
+# ---- a run ---------------------------------------------------------------------------------------
 
 def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     out = tmp_path / "run"
     shortcut.main([*TINY, "--out", str(out), "--iters", "10", "--npz"])
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert names >= {"args.json", "log.csv", "checkpoint.pt", "scores.csv", "samples-1step.png",
-                     "samples-2step.png", "samples-1step.npz", "samples-2step.npz", "progress/0000010.png"}
-    assert not [n for n in names if pathlib.Path(n).name.startswith(".")]           # no temporary file stays
+                     "samples-2step.png", "samples-1step.npz", "samples-2step.npz",
+                     "progress/0000010.png"}
+    assert not [n for n in names if pathlib.Path(n).name.startswith(".")]  # no temporary file stays
     lines = [l for l in capsys.readouterr().out.splitlines() if l.startswith("FD-random")]
     assert len(lines) == 2
     for n, line in zip((1, 2), lines):
-        assert re.fullmatch(rf"FD-random [\d.e+]+ \| random \| 32 samples vs 200 shapes train \| NFE {n} \| "
-                            r"shortcut ema \| \d+ img/s \| fewer than 2048 samples: biased upward", line)
+        assert re.fullmatch(rf"FD-random [\d.e+]+ \| random \| 32 samples vs 200 shapes train \| "
+                            rf"NFE {n} \| shortcut ema \| \d+ img/s \| "
+                            r"fewer than 2048 samples: biased upward", line)
     with np.load(out / "samples-1step.npz") as z:
         assert z["images"].dtype == np.uint8 and z["images"].shape[1:] == (16, 16, 3)
         assert len(z["labels"]) == len(z["images"]) and set(z["labels"]) == set(range(10))
     about = json.loads((out / "args.json").read_text())
-    assert about["args"]["iters"] == 10 and about["args"]["k"] == 0.25 and about["torch"] == torch.__version__
+    assert (about["args"]["iters"] == 10 and about["args"]["k"] == 0.25
+            and about["torch"] == torch.__version__)
     rows = list(csv.DictReader((out / "log.csv").open()))
     assert [r["step"] for r in rows] == ["10"] and float(rows[0]["loss_flow"]) > 0
     scores = list(csv.DictReader((out / "scores.csv").open()))
@@ -93,7 +98,8 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
 
 
 def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, monkeypatch, capsys):
-    line = [*TINY, "--iters", "10", "--samples", "0", "--dropout", "0.2", "--flip", "yes", "--cfg", "1.5"]
+    line = [*TINY, "--iters", "10", "--samples", "0", "--dropout", "0.2", "--flip", "yes",
+            "--cfg", "1.5"]
     shortcut.main([*line, "--out", str(tmp_path / "whole")])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         stop_after(patch, 5)
@@ -107,16 +113,20 @@ def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, monkeypatc
 
 
 def test_kill_9_in_mid_training_loses_nothing_before_the_checkpoint(tmp_path):
-    """A real process, killed for real: the same line goes on and ends with the weights of a whole run."""
-    code = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, {root!r}); import fid, shortcut\n"
+    """A real process, killed for real:
+    the same line goes on and ends with the weights of a whole run."""
+    code = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, {root!r}); "
+            "import fid, shortcut\n"
             "fid.shapes = lambda resolution, draw=fid.shapes: draw(200, resolution)\n"
             "shortcut.draw = lambda *args: None\n"
             "import itertools\n"
-            "if {often}: time.monotonic = itertools.count(0, 40).__next__       # saves every other step\n"
+            "if {often}: time.monotonic = itertools.count(0, 40).__next__       "
+            "# saves every other step\n"
             "shortcut.main(sys.argv[1:])")
     run = lambda often, *more: subprocess.Popen(
-        [sys.executable, "-c", code.format(root=str(ROOT), often=often), *TINY, "--samples", "0", "--iters", "30",
-         *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        [sys.executable, "-c", code.format(root=str(ROOT), often=often), *TINY,
+         "--samples", "0", "--iters", "30", *more],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     killed = run(True, "--out", str(tmp_path / "killed"))
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     deadline = time.time() + 60
@@ -125,7 +135,8 @@ def test_kill_9_in_mid_training_loses_nothing_before_the_checkpoint(tmp_path):
     killed.kill()
     killed.wait()
     assert 0 < weights(tmp_path / "killed")["step"] < 30
-    again, whole = run(False, "--out", str(tmp_path / "killed")), run(False, "--out", str(tmp_path / "whole"))
+    again, whole = (run(False, "--out", str(tmp_path / "killed")),
+                    run(False, "--out", str(tmp_path / "whole")))
     assert (again.wait(120), whole.wait(120)) == (0, 0), again.stderr.read()
     assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
@@ -137,10 +148,12 @@ def test_a_finished_run_only_samples_and_takes_its_options_from_the_folder(tmp_p
     (tmp_path / "run" / "samples-1step.png").unlink()
     shortcut.main([*line, "--steps", "1,128", "--samples", "0", "--labels", "heart,3"])
     assert_same(weights(tmp_path / "run"), before)
-    assert (tmp_path / "run" / "samples-1step.png").exists() and (tmp_path / "run" / "samples-128step.png").exists()
+    assert ((tmp_path / "run" / "samples-1step.png").exists()
+            and (tmp_path / "run" / "samples-128step.png").exists())
     with pytest.raises(fid.UserError, match="was trained with --iters 3, not 4"):
         shortcut.main([*line, "--iters", "4"])
-    with pytest.raises(fid.UserError, match="was trained with --k 0.25, not 0.0; give another --out"):
+    with pytest.raises(fid.UserError,
+                       match="was trained with --k 0.25, not 0.0; give another --out"):
         shortcut.main([*line, "--k", "0"])
 
 
@@ -150,7 +163,8 @@ def test_samples_do_not_depend_on_the_batch_they_were_drawn_in():
     assert torch.equal(together, torch.cat([shortcut.noise(1, args, i) for i in range(6)]))
     assert abs(together.std() - 1) < 0.05 and not torch.equal(together[0], together[1])
     torch.manual_seed(0)
-    s = shortcut.Shortcut(shortcut.UNet(16, 16, (1, 1), (1, 1), num_classes=10, conditions=2)).eval()
+    s = shortcut.Shortcut(shortcut.UNet(16, 16, (1, 1), (1, 1),
+                                        num_classes=10, conditions=2)).eval()
     torch.nn.init.normal_(s.net.conv_out.weight)
     y = torch.arange(6)
     whole = shortcut.sample(s, together, y, 4)
@@ -174,13 +188,15 @@ def test_shapes_that_were_trained_on_are_what_a_folder_gives(tmp_path):
     pixels, labels = SMALL[16]
     for i, (p, y) in enumerate(zip(pixels, labels)):
         (tmp_path / "set" / f"{y:02d}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(p.permute(1, 2, 0).numpy()).save(tmp_path / "set" / f"{y:02d}" / f"{i:04d}.png")
+        Image.fromarray(p.permute(1, 2, 0).numpy()).save(
+            tmp_path / "set" / f"{y:02d}" / f"{i:04d}.png")
     out = tmp_path / "run"
-    shortcut.main([*TINY, "--data", str(tmp_path / "set"), "--out", str(out), "--iters", "2", "--features", "random"])
+    shortcut.main([*TINY, "--data", str(tmp_path / "set"), "--out", str(out), "--iters", "2",
+                   "--features", "random"])
     assert f"200 {tmp_path / 'set'}" in (out / "scores.csv").read_text()
 
 
-# ---- mistakes ----------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = [
     ("--steps 3", "--steps 3: a shortcut model jumps in 1, 2, 4"),
@@ -233,7 +249,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(line, message, tmp_path, monk
     (tmp_path / "FULL").mkdir()
     for name in ("README.md", "FULL/log.csv"):
         (tmp_path / name).write_text("text")
-    monkeypatch.setattr(shortcut, "shortcut_loss", None)                            # nothing may train
+    monkeypatch.setattr(shortcut, "shortcut_loss", None)                # nothing may train
     with pytest.raises(fid.UserError) as error:
         shortcut.main(["--device", "cpu", *line.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -242,16 +258,18 @@ def test_a_mistake_is_one_line_and_touches_nothing(line, message, tmp_path, monk
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "shortcut.py", "--steps", "3"], cwd=tmp_path, text=True,
-                          capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "shortcut.py", "--steps", "3"], cwd=tmp_path,
+                          text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "shortcut.py: --steps 3: a shortcut model jumps in 1, 2, 4, ... or 128 steps\n"
+    assert done.stderr == ("shortcut.py: --steps 3: "
+                           "a shortcut model jumps in 1, 2, 4, ... or 128 steps\n")
     assert not list(tmp_path.iterdir())
 
 
 def test_guidance_needs_classes_and_one_process_is_all_there_is(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "one.png")
-    line = ["--device", "cpu", "--resolution", "16", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    line = ["--device", "cpu", "--resolution", "16", "--data", str(tmp_path),
+            "--out", str(tmp_path / "run")]
     with pytest.raises(fid.UserError, match="has no classes to guide to"):
         shortcut.main([*line, "--cfg", "2", "--samples", "0"])
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -259,12 +277,13 @@ def test_guidance_needs_classes_and_one_process_is_all_there_is(tmp_path, monkey
         shortcut.main(line)
 
 
-@pytest.mark.parametrize("options", ["--k 0", "--k 1", "--batch 1", "--batch 2 --k 0.1", "--cfg 2 --label-dropout 0.5",
-                                     "--compile"])
+@pytest.mark.parametrize("options", ["--k 0", "--k 1", "--batch 1", "--batch 2 --k 0.1",
+                                     "--cfg 2 --label-dropout 0.5", "--compile"])
 def test_every_kind_of_batch_trains_and_samples(options, tmp_path, capsys):
-    shortcut.main([*TINY, *options.split(), "--out", str(tmp_path / "run"), "--iters", "3", "--steps", "1,128"])
+    shortcut.main([*TINY, *options.split(), "--out", str(tmp_path / "run"), "--iters", "3",
+                   "--steps", "1,128"])
     lines = [l for l in capsys.readouterr().out.splitlines() if l.startswith("FD-random")]
-    calls = ["NFE 1", "NFE 256" if "--cfg" in options else "NFE 128"]               # guidance asks twice
+    calls = ["NFE 1", "NFE 256" if "--cfg" in options else "NFE 128"]       # guidance asks twice
     assert [line.split(" | ")[3] for line in lines] == calls
     assert ("flow ema" if options == "--k 0" else "shortcut ema") in lines[0]
 
@@ -300,14 +319,16 @@ def test_a_broken_args_json_is_one_line(text, tmp_path):
 def test_ctrl_c_while_sampling_keeps_the_training(tmp_path, monkeypatch, capsys):
     line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "2"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(shortcut, "evaluate", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(shortcut, "evaluate",
+                      lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
         shortcut.main(line)
     assert stop.value.code == 130 and "the training is kept" in capsys.readouterr().out
     assert weights(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "does not load"), (b"0123456789", "does not load"), ("dmd2", "is of dmd2.py"), ("width", "does not load")])
+    (b"", "does not load"), (b"0123456789", "does not load"),
+    ("dmd2", "is of dmd2.py"), ("width", "does not load")])
 def test_a_checkpoint_that_is_wrong(tmp_path, content, message):
     out = tmp_path / "run"
     line = [*TINY, "--out", str(out), "--iters", "2", "--samples", "0"]
@@ -350,7 +371,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
         loss, parts = real(*args, **kwargs)
         return loss * float("nan"), parts
     monkeypatch.setattr(shortcut, "shortcut_loss", broken)
-    with pytest.raises(fid.UserError, match="loss is not finite at step 10; the last checkpoint is kept"):
+    with pytest.raises(fid.UserError,
+                       match="loss is not finite at step 10; the last checkpoint is kept"):
         shortcut.main(line)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
@@ -371,13 +393,15 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch)
     assert not list((tmp_path / "run").glob(".*"))
 
 
-# ---- the README ----------------------------------------------------------------------------------------
+# ---- the README ----------------------------------------------------------------------------------
 
 def test_help_shows_the_presets():
-    done = subprocess.run([sys.executable, ROOT / "shortcut.py", "--help"], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "shortcut.py", "--help"], text=True,
+                          capture_output=True)
     text = " ".join(done.stdout.split())
     assert done.returncode == 0
     for name, values in shortcut.PRESETS.items():
         assert f"--{name} " in text
     iters = shortcut.PRESETS["iters"]
-    assert f"[{iters[0]} (shapes), {iters[1]} (cifar10), {iters[2]} (folder), {iters[3]} (imagenet64)]" in text
+    assert (f"[{iters[0]} (shapes), {iters[1]} (cifar10), "
+            f"{iters[2]} (folder), {iters[3]} (imagenet64)]") in text

@@ -1,4 +1,5 @@
-"""nets.py: shapes and defaults that the three methods build on, and attention against torch's own."""
+"""nets.py: shapes and defaults that the three methods build on,
+and attention against torch's own."""
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,17 +19,20 @@ def awake(net):
 
 def inputs(resolution, n=3):
     torch.manual_seed(0)
-    return torch.randn(n, 3, resolution, resolution), torch.rand(n), torch.rand(n), torch.tensor([0, 4, 10])[:n]
+    return (torch.randn(n, 3, resolution, resolution), torch.rand(n), torch.rand(n),
+            torch.tensor([0, 4, 10])[:n])
 
 
-@pytest.mark.parametrize("resolution, mult, blocks", [(32, (1, 2, 4), (1, 1, 1)), (64, (1, 2, 2, 4), (1, 2, 1, 2)),
-                                                      (16, (1,), (2,))])
+@pytest.mark.parametrize("resolution, mult, blocks", [
+    (32, (1, 2, 4), (1, 1, 1)), (64, (1, 2, 2, 4), (1, 2, 1, 2)), (16, (1,), (2,))])
 def test_shapes_of_output_and_features(resolution, mult, blocks):
-    net = awake(UNet(resolution, 16, mult, blocks, (resolution // 2,), num_classes=10, conditions=2))
+    net = awake(UNet(resolution, 16, mult, blocks, (resolution // 2,),
+                     num_classes=10, conditions=2))
     x, t, d, y = inputs(resolution)
     assert net(x, t, d, y).shape == x.shape and net(x, t, d, y).dtype == torch.float32
     features = net.encode(x, t, d, y)
-    assert [f.shape for f in features] == [(3, 16 * m, resolution >> i, resolution >> i) for i, m in enumerate(mult)]
+    assert [f.shape for f in features] == [(3, 16 * m, resolution >> i, resolution >> i)
+                                           for i, m in enumerate(mult)]
 
 
 def test_the_net_starts_at_zero_and_a_block_at_the_identity():
@@ -44,7 +48,8 @@ def test_every_input_matters():
     net = awake(UNet(16, 16, (1, 2), (1, 1), num_classes=10, conditions=2)).eval()
     x, t, d, y = inputs(16)
     base = net(x, t, d, y)
-    for other in (net(x + 0.1, t, d, y), net(x, 1 - t, d, y), net(x, t, 1 - d, y), net(x, t, d, 9 - y % 10)):
+    for other in (net(x + 0.1, t, d, y), net(x, 1 - t, d, y),
+                  net(x, t, 1 - d, y), net(x, t, d, 9 - y % 10)):
         assert ((other - base).abs().amax((1, 2, 3)) > 1e-4).all()                  # of every image
 
 
@@ -71,14 +76,15 @@ def test_any_number_of_scalar_conditions(conditions):
 def test_images_of_a_batch_do_not_mix():
     net = awake(UNet(16, 16, (1, 2), (1, 1), (8,), num_classes=10)).eval()
     x, t, _, y = inputs(16)
-    assert_close(net(x, t, y=y), torch.cat([net(x[i:i + 1], t[i:i + 1], y=y[i:i + 1]) for i in range(3)]),
+    assert_close(net(x, t, y=y),
+                 torch.cat([net(x[i:i + 1], t[i:i + 1], y=y[i:i + 1]) for i in range(3)]),
                  atol=1e-5, rtol=1e-4)
 
 
 def test_attention_is_scaled_dot_product_attention():
     layer = awake(Attention(64))
     x = torch.randn(2, 64, 4, 4)
-    q, k, v = layer.qkv(layer.norm(x)).reshape(2, 3, 2, 32, 16).mT.unbind(1)       # heads of 32 channels
+    q, k, v = layer.qkv(layer.norm(x)).reshape(2, 3, 2, 32, 16).mT.unbind(1)  # heads of 32 channels
     expected = F.scaled_dot_product_attention(q, k, v).mT.reshape(2, 64, 4, 4)
     assert_close(layer(x, None), x + layer.out(expected), atol=1e-5, rtol=1e-5)
 

@@ -1,7 +1,8 @@
 """shortcut.py proved: exact flows, hand-written formulas, and the official code's recorded numbers.
 
-Data that is one Gaussian N(m, a^2 I) has a flow in closed form: with S(t)^2 = (1-t)^2 + (t a)^2 the marginal at t
-is N(t m, S^2), and the flow carries x_t to x_u = u m + S(u)/S(t) (x_t - t m). Every jump is then known.
+Data that is one Gaussian N(m, a^2 I) has a flow in closed form: with S(t)^2 = (1-t)^2 + (t a)^2
+the marginal at t is N(t m, S^2), and the flow carries x_t to x_u = u m + S(u)/S(t) (x_t - t m).
+Every jump is then known.
 """
 import pathlib
 
@@ -40,11 +41,12 @@ def batch(n=64, side=4, dtype=torch.float64):
     return x_0, MEAN + STD * torch.randn_like(x_0), torch.arange(n) % 10
 
 
-# ---- the target --------------------------------------------------------------------------------------
+# ---- the target ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("level", range(LEVELS))
 def test_target_of_the_exact_jump_is_the_exact_jump(level):
-    """Two half steps = one step at each of the seven lengths above the finest, at every t of its grid."""
+    """Two half steps = one step at each of the seven lengths above the finest,
+    at every t of its grid."""
     d = torch.full((2 ** level,), 0.5 ** level, dtype=torch.float64)
     t = torch.arange(2 ** level, dtype=torch.float64) * d
     x = torch.randn(len(t), 3, 4, 4, dtype=torch.float64)
@@ -52,20 +54,24 @@ def test_target_of_the_exact_jump_is_the_exact_jump(level):
 
 
 def test_target_by_hand():
-    """A velocity field that is no flow: the second half step starts at the model's own point, at t + d/2."""
+    """A velocity field that is no flow:
+    the second half step starts at the model's own point, at t + d/2."""
     s = lambda x, t, d, y: 2 * x + expand(3 * t + 5 * d + y)
-    x, t, d, y = torch.full((1, 3, 1, 1), 0.5), torch.tensor([0.25]), torch.tensor([0.5]), torch.tensor([1])
+    x, t, d, y = (torch.full((1, 3, 1, 1), 0.5), torch.tensor([0.25]),
+                  torch.tensor([0.5]), torch.tensor([1]))
     s_1 = 2 * 0.5 + 3 * 0.25 + 5 * 0.25 + 1                                         # 4
     s_2 = 2 * (0.5 + 0.25 * s_1) + 3 * 0.5 + 5 * 0.25 + 1                           # 6.75
     assert (s_1, s_2) == (4.0, 6.75)
-    assert_close(self_consistency_target(s, x, t, d / 2, y), torch.full((1, 3, 1, 1), (s_1 + s_2) / 2))
+    assert_close(self_consistency_target(s, x, t, d / 2, y),
+                 torch.full((1, 3, 1, 1), (s_1 + s_2) / 2))
 
 
 def test_target_has_no_gradient_and_the_loss_reaches_only_the_network():
     s, s_ema = torch.nn.Parameter(torch.tensor(0.7)), torch.nn.Parameter(torch.tensor(0.4))
     x_0, x_1, y = batch(8, dtype=torch.float32)
     t, d, n = torch.zeros(8), torch.ones(8), 8
-    loss, _ = shortcut_loss(lambda x, t, d, y: s * x, lambda x, t, d, y: s_ema * x, x_0, x_1, t, d, n, y)
+    loss, _ = shortcut_loss(lambda x, t, d, y: s * x, lambda x, t, d, y: s_ema * x,
+                            x_0, x_1, t, d, n, y)
     loss.backward()
     assert s_ema.grad is None
     # By hand at t = 0, d = 1: target = c x_0 with c the mean of w and w (1 + w/2), w = .4.
@@ -76,10 +82,11 @@ def test_target_has_no_gradient_and_the_loss_reaches_only_the_network():
 
 @pytest.mark.parametrize("case, cfg_scale", [("plain", 1.0), ("cfg", 1.5)])
 def test_targets_equal_the_official_codes(case, cfg_scale):
-    """kvfrans/shortcut-models, targets_shortcut.py, run on a closed formula: x_t, targets, guidance.
+    """kvfrans/shortcut-models, targets_shortcut.py, run on a closed formula:
+    x_t, targets, guidance.
 
-    Two of its choices are not ours: noise is scaled by 1 - (1 - 1e-5) t, put in here, and x' and the target
-    are clipped to +-4, which the comparison leaves out (one value of 3072, in x').
+    Two of its choices are not ours: noise is scaled by 1 - (1 - 1e-5) t, put in here, and x' and
+    the target are clipped to +-4, which the comparison leaves out (one value of 3072, in x').
     """
     z = {k.removeprefix(case + "_"): v for k, v in np.load(GOLDEN).items() if k.startswith(case)}
     nchw = lambda a: torch.from_numpy(a).permute(0, 3, 1, 2)
@@ -95,18 +102,20 @@ def test_targets_equal_the_official_codes(case, cfg_scale):
     assert_close(x_t, nchw(z["x_t"]), rtol=1e-5, atol=1e-6)
     target = self_consistency_target(s, x_t[:n], t[:n], d[:n] / 2, y[:n], cfg_scale, null_class=10)
     official, half = nchw(z["v"])[:n], d[:n] / 2
-    x_mid = x_t[:n] + expand(half) * guided(s, x_t[:n], t[:n], half, y[:n], cfg_scale, null_class=10)
+    x_mid = x_t[:n] + expand(half) * guided(s, x_t[:n], t[:n], half, y[:n], cfg_scale,
+                                            null_class=10)
     inside = (x_mid.abs() < 4) & (official.abs() < 4)
     assert inside.sum() == inside.numel() - 1
     assert_close(target[inside], official[inside], rtol=1e-5, atol=1e-6)
     assert_close((x_1 - (1 - 1e-5) * x_0)[n:], nchw(z["v"])[n:], rtol=1e-5, atol=1e-6)
     # And the loss takes exactly these targets: a network that returns them has none left.
-    _, parts = shortcut_loss(lambda x, t, d, y: nchw(z["v"]), s, x_0, x_1, t, d, n, y, cfg_scale, null_class=10)
-    assert parts["loss_flow"] < 1e-9 and parts["loss_shortcut"] < 2e-6              # the one clipped value
+    _, parts = shortcut_loss(lambda x, t, d, y: nchw(z["v"]), s, x_0, x_1, t, d, n, y,
+                             cfg_scale, null_class=10)
+    assert parts["loss_flow"] < 1e-9 and parts["loss_shortcut"] < 2e-6      # the one clipped value
 
 
 def test_guidance_is_at_the_finest_length_only():
-    s = lambda x, t, d, y: x * expand(torch.where(y == 10, 1.0, 3.0))               # null: x, else: 3 x
+    s = lambda x, t, d, y: x * expand(torch.where(y == 10, 1.0, 3.0))       # null: x, else: 3 x
     x, d = torch.ones(LEVELS + 1, 3, 2, 2), 0.5 ** torch.arange(LEVELS + 1.0)
     y = torch.zeros(len(d), dtype=torch.long)
     v = guided(s, x, torch.zeros_like(d), d, y, cfg_scale=2.5, null_class=10)[:, 0, 0, 0]
@@ -114,7 +123,7 @@ def test_guidance_is_at_the_finest_length_only():
     assert_close(guided(s, x, d, d, y, cfg_scale=1.0, null_class=10), 3 * x)        # 1 = off
 
 
-# ---- times and lengths -------------------------------------------------------------------------------
+# ---- times and lengths ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 16, 28, 32, 64, 256])
 def test_all_eight_lengths_are_drawn_at_every_batch_size(size):
@@ -127,7 +136,7 @@ def test_all_eight_lengths_are_drawn_at_every_batch_size(size):
         assert (level == level.round()).all() and d.min() >= 1 / M and d.max() <= 1
         assert (level[:n] < LEVELS).all() and (level[n:] == LEVELS).all()
         assert ((t + d)[:n] <= 1).all() and (t >= 0).all() and (t < 1).all()
-        assert ((t / d)[:n] == (t / d)[:n].round()).all()                           # on the grid of d
+        assert ((t / d)[:n] == (t / d)[:n].round()).all()                   # on the grid of d
         counts += torch.bincount(level.long(), minlength=LEVELS + 1)
     share = counts / (rounds * size)
     assert_close(share[LEVELS].item(), 1 - k, atol=0.02, rtol=0)
@@ -143,14 +152,14 @@ def test_times_are_uniform_on_the_grid_of_their_length():
         assert_close(share, torch.full((cells,), length), atol=0.02, rtol=0)
 
 
-# ---- the loss ----------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 def test_k_0_is_flow_matching():
     torch.manual_seed(0)
     t, d, n = draw_t_d(64, 0.0)
     x_0, x_1, y = batch()
     t, s = t.double(), lambda x, t, d, y: x.sin()
-    loss, parts = shortcut_loss(s, None, x_0, x_1, t, d, n, y)                   # no target network needed
+    loss, parts = shortcut_loss(s, None, x_0, x_1, t, d, n, y)          # no target network needed
     x_t = (1 - expand(t)) * x_0 + expand(t) * x_1
     assert n == 0 and (d == 1 / M).all()
     assert_close(loss, ((x_t.sin() - (x_1 - x_0)) ** 2).mean())
@@ -158,12 +167,14 @@ def test_k_0_is_flow_matching():
 
 
 def test_loss_of_the_exact_flow_is_at_its_floor():
-    """Self-consistency: zero. Flow matching: the variance of v given x_t, a^2 / S(t)^2; anything else is worse."""
+    """Self-consistency: zero. Flow matching: the variance of v given x_t, a^2 / S(t)^2;
+    anything else is worse."""
     torch.manual_seed(0)
     x_0, x_1, y = batch(20_000, side=2)
     t, d, n = draw_t_d(len(x_0), 0.25)
     t, d = t.double(), d.double()
-    exact = lambda x, t, d, y: torch.where(expand(d) > 1 / M, exact_jump(x, t, d), exact_velocity(x, t))
+    exact = lambda x, t, d, y: torch.where(expand(d) > 1 / M,
+                                           exact_jump(x, t, d), exact_velocity(x, t))
     _, parts = shortcut_loss(exact, exact_jump, x_0, x_1, t, d, n, y)
     assert parts["loss_shortcut"] < 1e-20
     floor = (STD / spread(t[n:])).square().mean()
@@ -171,7 +182,8 @@ def test_loss_of_the_exact_flow_is_at_its_floor():
     for off in (-0.1, 0.1):
         _, worse = shortcut_loss(lambda *a: exact(*a) + off, exact_jump, x_0, x_1, t, d, n, y)
         assert_close(worse["loss_shortcut"].item(), 0.01, rtol=1e-6, atol=0)
-        assert_close(worse["loss_flow"] - parts["loss_flow"], torch.tensor(0.01).double(), atol=0.004, rtol=0)
+        assert_close(worse["loss_flow"] - parts["loss_flow"], torch.tensor(0.01).double(),
+                     atol=0.004, rtol=0)
 
 
 @pytest.mark.parametrize("n, names", [(0, {"loss_flow"}), (3, {"loss_flow", "loss_shortcut"}),
@@ -186,7 +198,7 @@ def test_the_loss_is_one_mean_over_the_batch_and_names_the_parts_it_has(n, names
     assert_close(loss, means / 8)
 
 
-# ---- the sampler -------------------------------------------------------------------------------------
+# ---- the sampler ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [2 ** i for i in range(LEVELS + 1)])
 def test_every_number_of_steps_carries_noise_to_data_exactly(steps):
@@ -211,7 +223,8 @@ class Record(torch.nn.Module):
 
 
 def test_preconditioning_is_the_best_linear_guess_and_leaves_unit_variance():
-    """On N(0, a^2) a silent network is exact, its input has variance one, and so has what it should add."""
+    """On N(0, a^2) a silent network is exact, its input has variance one,
+    and so has what it should add."""
     torch.manual_seed(0)
     a, net = 0.5, Record(0.0)
     x_0 = torch.randn(4000, 3, 4, 4, dtype=torch.float64)

@@ -1,0 +1,60 @@
+"""The README: its commands run as printed (on small data, without a network), its tables do not go stale."""
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+import fid
+import shortcut
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+SCRIPTS = [c for c in COMMANDS if "python shortcut.py" in c and "--help" not in c]
+TINY = "--device cpu --iters 2 --batch 4 --channels 16 --mult 1,1 --blocks 1,1 --samples 0 --attention ,".split()
+
+
+def test_the_two_commands_are_there():
+    assert COMMANDS[:2] == ["pip install -r requirements.txt && python shortcut.py --steps 1",
+                            "pip install -r requirements.txt && pytest"]
+    names = [line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().split()]
+    assert names == "torch torchvision numpy tqdm pillow scipy pytest".split()
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_command_runs(command, tmp_path, monkeypatch):
+    """As printed, then again cut short; options of the printed line that shape a training give way."""
+    monkeypatch.chdir(tmp_path)
+    small = fid.shapes(40, 32)
+    monkeypatch.setattr(fid, "shapes", lambda resolution: small)
+    monkeypatch.setattr(shortcut, "draw", lambda *args: None)
+    for folder in ("path/to/images", "data/train"):
+        (tmp_path / folder / "one").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / folder / "one" / "1.png")
+
+    class CIFAR10:
+        def __init__(self, root, train, download):
+            self.data, self.targets = np.zeros((20, 32, 32, 3), np.uint8), [0] * 20
+            self.classes = [f"class {i}" for i in range(10)]
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    argv = shlex.split(command.split("python shortcut.py")[1])
+    args = shortcut.parse_args(argv)
+    shortcut.main(argv + TINY)
+    assert all((pathlib.Path(args.out) / f"samples-{n}step.png").exists() for n in args.steps)
+
+
+def test_the_equations_are_on_the_lines_that_the_table_says():
+    rows = re.findall(r"`([^`]+)` \| \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \|", README)
+    assert len(rows) >= 10
+    for code, name, line, target, anchor in rows:
+        assert (name, line) == (target, anchor)
+        assert code in (ROOT / name).read_text().splitlines()[int(line) - 1], (code, name, line)
+
+
+def test_links_to_files_are_alive():
+    for target in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+        assert (ROOT / target.split("#")[0]).exists(), target
