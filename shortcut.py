@@ -516,13 +516,11 @@ class Scorer:
                     if args.samples else None)
 
     def __call__(self, pixels):
-        """The protocol's fields of samples [N, 3, R, R] uint8."""
+        """The distance of samples [N, 3, R, R] uint8 to the data."""
         if self.reference is None:
             wanted = torch.isin(self.images.labels, self.classes)
             self.reference = fid.statistics(self.net, self.images.pixels[wanted], "data features")
-        value = fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
-        return dict(metric=self.net.label, value=f"{value:.4g}", features=self.net.name,
-                    samples=f"{len(pixels)} samples vs {self.reference.n} {self.name}")
+        return fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
 
 
 def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
@@ -549,15 +547,20 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
             images = pixels.permute(0, 2, 3, 1).numpy()
             run.write(f"{prefix}-{n}step.npz",
                       lambda path: np.savez(path, images=images, labels=labels.numpy()))
-        if args.samples:
-            row = scorer(pixels[:args.samples]) | dict(nfe=f"NFE {nfe(n)}", who=who,
-                                                       speed=f"{count / spent:.0f} img/s")
-            row |= (dict(note="fewer than 2048 samples: biased upward")
-                    if args.samples < 2048 else {})
-            print(" | ".join(row.values()).replace(" | ", " ", 1), flush=True)
-            path = run.folder / "scores.csv"
-            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-            run.write_csv("scores.csv", [*rows, dict(step=run.step) | row])
+        if not args.samples:
+            continue
+        value, speed = scorer(pixels[:args.samples]), count / spent
+        line = (f"{scorer.net.label} {value:.4g} | {scorer.net.name} | {args.samples} samples vs "
+                f"{scorer.reference.n} {scorer.name} | NFE {nfe(n)} | {who} | {speed:.0f} img/s")
+        if args.samples < 2048:
+            line += " | fewer than 2048 samples: biased upward"
+        print(line, flush=True)
+        row = dict(step=run.step, metric=scorer.net.label, value=value, samples=args.samples,
+                   reference=scorer.reference.n, data=scorer.name, nfe=nfe(n), who=who,
+                   img_per_s=speed)
+        scores = run.folder / "scores.csv"
+        rows = list(csv.DictReader(scores.read_text().splitlines())) if scores.exists() else []
+        run.write_csv("scores.csv", [*rows, row])
     print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 

@@ -98,7 +98,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
 
 
 def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, monkeypatch, capsys):
-    line = [*TINY, "--iters", "10", "--samples", "0", "--dropout", "0.2", "--flip", "yes",
+    line = [*TINY, "--iters", "10", "--samples", "0", "--dropout", "0.2", "--flip",
             "--cfg", "1.5"]
     shortcut.main([*line, "--out", str(tmp_path / "whole")])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
@@ -193,7 +193,7 @@ def test_shapes_that_were_trained_on_are_what_a_folder_gives(tmp_path):
     out = tmp_path / "run"
     shortcut.main([*TINY, "--data", str(tmp_path / "set"), "--out", str(out), "--iters", "2",
                    "--features", "random"])
-    assert f"200 {tmp_path / 'set'}" in (out / "scores.csv").read_text()
+    assert f"200,{tmp_path / 'set'}" in (out / "scores.csv").read_text()
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_guidance_needs_classes_and_one_process_is_all_there_is(tmp_path, monkey
 
 
 @pytest.mark.parametrize("options", ["--k 0", "--k 1", "--batch 1", "--batch 2 --k 0.1",
-                                     "--cfg 2 --label-dropout 0.5", "--compile"])
+                                     "--cfg 2 --label-dropout 0.5"])
 def test_every_kind_of_batch_trains_and_samples(options, tmp_path, capsys):
     shortcut.main([*TINY, *options.split(), "--out", str(tmp_path / "run"), "--iters", "3",
                    "--steps", "1,128"])
@@ -286,6 +286,15 @@ def test_every_kind_of_batch_trains_and_samples(options, tmp_path, capsys):
     calls = ["NFE 1", "NFE 256" if "--cfg" in options else "NFE 128"]       # guidance asks twice
     assert [line.split(" | ")[3] for line in lines] == calls
     assert ("flow ema" if options == "--k 0" else "shortcut ema") in lines[0]
+
+
+def test_compile_is_asked_for_both_networks(tmp_path, monkeypatch):
+    """What it compiles to is PyTorch's business; a compiler may be missing where the tests run."""
+    asked = []
+    monkeypatch.setattr(shortcut.UNet, "compile", lambda net: asked.append(net))
+    shortcut.main([*TINY, "--compile", "--out", str(tmp_path / "run"), "--iters", "1",
+                   "--samples", "0"])
+    assert len(asked) == 2 and asked[0] is not asked[1]
 
 
 def test_other_data_of_the_same_name_is_another_run(tmp_path, monkeypatch):

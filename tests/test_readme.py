@@ -1,4 +1,4 @@
-"""The README: its commands run as printed (on small data, without a network), its tables do not go stale."""
+"""The README: its commands run (on small data, without a network), its tables are not stale."""
 import pathlib
 import re
 import shlex
@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
 SCRIPTS = [c for c in COMMANDS if "python shortcut.py" in c and "--help" not in c]
-TINY = "--device cpu --iters 2 --batch 4 --channels 16 --mult 1,1 --blocks 1,1 --samples 0 --attention ,".split()
+TINY = "--device cpu --iters 2 --batch 4 --channels 16 --mult 1,1 --blocks 1,1 --samples 0 " \
+       "--attention ,".split()
 
 
 def test_the_two_commands_are_there():
@@ -27,7 +28,7 @@ def test_the_two_commands_are_there():
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_a_command_runs(command, tmp_path, monkeypatch):
-    """As printed, then again cut short; options of the printed line that shape a training give way."""
+    """As printed, and cut short by further options, of which the last counts."""
     monkeypatch.chdir(tmp_path)
     small = fid.shapes(40, 32)
     monkeypatch.setattr(fid, "shapes", lambda resolution: small)
