@@ -311,8 +311,8 @@ def test_shapes_are_what_where_and_as_large_as_drawn():
     rgb = lambda text: torch.tensor([[[list(bytes.fromhex(c))]] for c in text.split()]).mT.float()
     ink = rgb("ff4d4d ff9f1c ffe14d 5ddb5d 2ee6d6 4da3ff b67cff ff7ad9")[ink].transpose(1, 2)
     ground = rgb("10152e 2b1030 0c2a2a 2a1d12")[ground].transpose(1, 2)
-    radius, ticks = .24 + .14 * size, (torch.arange(side) + .5) / side
-    room = torch.minimum(.5 - 1.15 * radius, torch.tensor(.16))
+    radius, ticks = .28 + .10 * size, (torch.arange(side) + .5) / side
+    room = torch.minimum(.5 - 1.15 * radius, torch.tensor(.09))
     centre = torch.stack([.5 + room * (2 * dx - 1), .5 + room * (2 * dy - 1)], 1)
 
     pixels, found = fid.shapes(n, side, seed=5)
