@@ -5,6 +5,8 @@ One network, one training. s(x_t, t, d) is the velocity of a jump of length d, a
     L = |s(x_t, t, d) - (x_1 - x_0)|^2    at the finest d = 1/128: flow matching
       + |s(x_t, t, 2d) - sg[s(x_t, t, d) + s(x'_{t+d}, t+d, d)] / 2|^2    self-consistency (Eq. 5)
 
+averaged over a batch, a share k of whose rows are of the second kind.
+
 Time runs from noise to data: x_0 is noise, x_1 the image, x_t = (1 - t) x_0 + t x_1.
 
     python shortcut.py --steps 1                      # coloured shapes, on a CPU: ten minutes
@@ -15,11 +17,13 @@ Departs from the paper in:
   * pixels and a UNet, not latents and a DiT. So no clip of x' and the targets at +-4 (official
     code: the range of latents), and the network's part of s is scaled to variance one (`Shortcut`);
   * the finest level is d = 1/128, as in the official code (the paper asks d = 0 in its place), and
-    the network is told log2 d;
+    the network is told -log2(d) / 7;
   * every batch size trains every length: a batch's lengths are dealt in turn from a random start
     (the official code gives small batches nothing but d = 1);
   * the learning rate warms up and decays to zero, Adam's second beta is 0.99,
     gradients are clipped;
+  * the EMA that makes the targets is faster (0.995) where the training is short: each of the eight
+    lengths learns from the mean of the one below, one after the other;
   * labels are dropped for guidance only when there is guidance (--cfg), in the flow rows only.
 """
 import argparse
@@ -56,7 +60,7 @@ PRESETS = dict(
     iters      =(6000,      200_000,   100_000,   400_000),
     batch      =(16,        256,       64,        256),
     lr         =(5e-3,      1e-3,      2e-3,      5e-4),
-    ema        =(0.995,     0.999,     0.999,     0.9999),
+    ema        =(0.995,     0.999,     0.999,     0.999),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
@@ -82,8 +86,8 @@ def check_method(args):
     for n in args.steps:
         if n not in [2 ** i for i in range(LEVELS + 1)]:
             raise UserError(f"--steps {n}: a shortcut model jumps in 1, 2, 4, ... or {M} steps")
-    if not 0 <= args.k <= 1:
-        raise UserError(f"--k {args.k}: is a share of the batch, 0 to 1")
+    if not 0 <= args.k < 1:
+        raise UserError(f"--k {args.k}: is a share of the batch, from 0 to below 1")
     if not (0 <= args.cfg < math.inf and 0 <= args.label_dropout < 1):
         raise UserError("--cfg is a scale of at least 0, --label-dropout a share from 0 to below 1")
     if not 0 <= args.weight_decay < math.inf:
@@ -93,11 +97,12 @@ def check_method(args):
 # ---- common: arguments ---------------------------------------------------------------------------
 
 KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
-FREE = "steps samples labels features inception device compile npz out".split()  # of a finished run
+# The options that may differ from call to call of one run.
+FREE = "steps samples labels features inception device compile npz out".split()
 
 
 def numbers(text):
-    return tuple(dict.fromkeys(int(n) for n in text.split(",") if n.strip()))
+    return () if text == "none" else tuple(map(int, text.split(",")))
 
 
 def show(value):
@@ -120,7 +125,7 @@ def parse_args(argv=None):
         if name in PRESETS:
             columns = zip(KINDS, PRESETS[name])
             help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default not in (None, False):
+        elif default is not None and default is not False:
             help += f" [{show(default)}]"
         parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 
@@ -146,17 +151,16 @@ def parse_args(argv=None):
     add("--resolution", type=int, help="side of the images")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
     add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
-    add("--mult", type=lambda text: tuple(map(int, text.split(","))),
-        help="width of each stage in --channels; each halves the resolution")
-    add("--blocks", type=lambda text: tuple(map(int, text.split(","))),
-        help="residual blocks of each stage")
-    add("--attention", type=numbers, help="resolutions with self-attention")
+    add("--mult", type=numbers, help="width of each stage, in --channels; each halves the side")
+    add("--blocks", type=numbers, help="residual blocks of each stage")
+    add("--attention", type=numbers, help="resolutions with self-attention, or none")
     add("--dropout", type=float, help="in the residual blocks")
     method_options(add)
     given = vars(parser.parse_args(argv))
 
-    if given.get("data", "shapes") not in KINDS[:2]:
-        given["data"] = str(pathlib.Path(given["data"]))            # imgs, imgs/ and ./imgs are one
+    if given.get("data", "shapes") not in KINDS[:2]:                # imgs, imgs/ and ./imgs are one
+        path = str(pathlib.Path(given["data"]))
+        given["data"] = f"./{path}" if path in KINDS[:2] else path
     name = pathlib.Path(given.get("data", "shapes")).resolve().name
     folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}")
     stored = stored_args(folder)
@@ -171,15 +175,17 @@ def parse_args(argv=None):
 
     for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
         if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name} {getattr(args, name)}: expected at least {low}")
-    if not args.steps or args.samples == 1:
-        raise UserError("--steps needs a number, and --samples 0 or at least 2")
+            raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
+    if not args.steps:
+        raise UserError("--steps: needs a number")
+    if args.samples == 1:
+        raise UserError("--samples 1: has no covariance; give 0, or at least 2")
     for name in ("lr", "ema", "dropout"):
         if not 0 <= getattr(args, name) < 1 or args.lr == 0:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number between 0 and 1")
     if args.channels % 16:
         raise UserError(f"--channels {args.channels}: expected a multiple of 16")
-    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks) < 1:
+    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
         raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
     if args.resolution % 2 ** (len(args.mult) - 1):
         raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
@@ -197,8 +203,9 @@ def stored_args(folder):
     """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
     path = folder / "args.json"
     try:
-        if not (folder / "checkpoint.pt").exists():
-            if folder.is_dir() and any(folder.iterdir()) and not path.exists():
+        if not path.exists():
+            ours = ("progress", ".args.json")               # left by a start that got nowhere
+            if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
                 raise UserError(f"--out {folder}: is no run folder and not empty; give another")
             return {}
         stored = json.loads(path.read_text())["args"]
@@ -207,7 +214,7 @@ def stored_args(folder):
         raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
     if stored.get("method") != METHOD:
         raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
-    return stored
+    return stored if (folder / "checkpoint.pt").exists() else {}
 
 
 def set_up(args):
@@ -241,7 +248,7 @@ def draw_t_d(batch, k, device="cpu"):
     """Times t and lengths d [batch], and n: the first n rows are self-consistency, k on average.
 
     The other rows are flow matching: d = 1/M and t ~ U(0, 1). The first n have the lengths 1/64
-    to 1, in turn from a random start, each with a t on its own grid 0, d, 2d, ..., 1 - d.
+    to 1 (the paper's 2d), in turn from a random start, each with a t on its grid 0, d, ..., 1 - d.
     """
     n = int(k * batch + torch.rand(()).item())
     t, d = torch.rand(batch, device=device), torch.full((batch,), 1 / M, device=device)
@@ -253,12 +260,12 @@ def draw_t_d(batch, k, device="cpu"):
 # ---- the network ---------------------------------------------------------------------------------
 
 class Shortcut(nn.Module):
-    """s(x_t, t, d, y) = c_skip x_t + c_out net(x_t / S, t, log2 d, y): EDM's preconditioning.
+    """s(x_t, t, d, y) = c_skip x_t + c_out net(x_t / S, t, -log2(d)/7, y), as EDM preconditions.
 
-    For images of variance a^2, x_t has variance S^2 = (1-t)^2 + (t a)^2, c_skip x_t is the best
-    linear guess of x_1 - x_0, and c_out the deviation of what is left: the network's target has
-    variance one at every t. At t = 0, s = a net - x_0: one step gives the image x_1 = a net, which
-    no noise had to pass through.
+    For images of variance a^2 (EDM: a = 0.5), x_t has variance S^2 = (1-t)^2 + (t a)^2; c_skip x_t
+    is the best linear guess of x_1 - x_0 and c_out the deviation of what is left, so the network's
+    flow target has variance one at every t. At t = 0, s = a net - x_0: one step gives the image
+    x_1 = a net, which no noise had to pass through.
     """
 
     def __init__(self, net, a=0.5):
@@ -274,7 +281,7 @@ class Shortcut(nn.Module):
 # ---- losses --------------------------------------------------------------------------------------
 
 def guided(s, x, t, d, y, cfg_scale=1.0, null_class=0):
-    """Classifier-free guidance, at the finest length only: longer jumps have learned it. 1: off."""
+    """Classifier-free guidance, at the finest length; longer jumps learn it from there. 1: off."""
     v = s(x, t, d, y)
     if cfg_scale == 1:
         return v
@@ -294,8 +301,9 @@ def self_consistency_target(s, x_t, t, d, y, cfg_scale=1.0, null_class=0):
 def shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, cfg_scale=1.0, null_class=0):
     """Eq. 5, as one mean over the batch.
 
-    s, s_ema: callables (x, t, d, y) -> velocity; x_0 noise and x_1 images, [B, 3, R, R] in
-    [-1, 1]; t, d, y [B], of which the first n rows have self-consistency targets.
+    s, s_ema: callables (x, t, d, y) -> velocity; x_0 noise, x_1 images in [-1, 1], both
+    [B, 3, R, R]; t, d, y [B], of which the first n rows have self-consistency targets: their d is
+    the paper's 2d.
     Returns the scalar loss, and the parts of it that the batch has.
     """
     x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
@@ -311,11 +319,17 @@ def shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, cfg_scale=1.0, null_class=0):
 # ---- sampler -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def sample(s, x_0, y, steps, cfg_scale=1.0, null_class=0):
-    """`steps` jumps of d = 1/steps from noise x_0 [B, 3, R, R] to images, labels y [B] (Alg. 2)."""
-    x, d = x_0, torch.full((len(x_0),), 1 / steps, device=x_0.device)
+def sample(s, x_0, y, steps, d=None, cfg_scale=1.0, null_class=0):
+    """`steps` equal jumps from noise x_0 [B, 3, R, R] to images, labels y [B] (Algorithm 2).
+
+    d: the length that the network is told, 1/steps unless given: flow matching knows 1/M alone.
+    """
+    x, told = x_0, torch.full((len(x_0),), d or 1 / steps, device=x_0.device)
+    if (d or 1 / steps) > 1 / M:
+        cfg_scale = 1.0                                     # what a longer jump has learned already
     for i in range(steps):
-        x = x + guided(s, x, i * d, d, y, cfg_scale if steps == M else 1, null_class) / steps
+        t = torch.full_like(told, i / steps)
+        x = x + guided(s, x, t, told, y, cfg_scale, null_class) / steps
     return x
 
 
@@ -348,7 +362,8 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         self.signal = number
         if not self.training:
-            print("\nstopped; the training is kept, the same command goes on from it")
+            kept = "; the training is kept, the same command uses it" * (self.step > 0)
+            print(f"\nstopped{kept}")
             sys.exit(128 + number)
 
     def write(self, name, write):
@@ -377,7 +392,8 @@ class Run:
                 raise UserError(f"is of {state['method']}.py")
             if state["data"] != self.data:
                 raise UserError(f"is of other data: {state['data'][0]} images, now {self.data[0]}, "
-                                f"{len(state['data']) - 1} classes, now {len(self.data) - 1}")
+                                f"{len(state['data']) - 1} classes, now {len(self.data) - 1}, "
+                                "or other names of classes")
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
             self.step = state["step"]
@@ -429,23 +445,24 @@ class Run:
                     print(f"stopped at step {self.step}; the same command goes on from there")
                     sys.exit(128 + stop)
         self.training = False
+        if self.signal:                                     # it came with the last checkpoint
+            sys.exit(128 + self.signal)
 
     def add(self, **scalars):
-        """Collect a step's scalars, on the device until the next row of the log. All losses and
-        gradient norms go through here: this is where the run ends if one is not finite."""
+        """Sum a step's scalars, on the device, for the next row of the log."""
         for name, value in scalars.items():
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = total + value, count + 1
 
     def log(self):
-        """One row of log.csv: means since the last."""
+        """One row of log.csv, means since the last; ends the run if one is not finite."""
         (then, step), now = self.since, time.monotonic()
         row = {name: float(total / count) for name, (total, count) in self.sums.items()}
         row["img_per_s"] = (self.step - step) * self.args.batch / (now - then)
         for name, value in row.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
-                                "kept: start anew with a lower --lr, or with --precision fp32")
+                                "kept. Train anew into another --out, with a lower --lr")
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
         self.rows.append(dict(step=self.step) | {n: f"{value:.6g}" for n, value in row.items()})
         self.sums, self.since = {}, (now, self.step)
@@ -512,14 +529,17 @@ class Scorer:
     def __init__(self, args, device, images):
         self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
+        self.wanted = torch.isin(images.labels, self.classes)
+        if args.samples and self.wanted.sum() < 2:
+            raise UserError(f"{self.name}: too few images to score against; give --samples 0")
         self.net = (fid.load_features(args.features, device, args.inception)
                     if args.samples else None)
 
     def __call__(self, pixels):
         """The distance of samples [N, 3, R, R] uint8 to the data."""
         if self.reference is None:
-            wanted = torch.isin(self.images.labels, self.classes)
-            self.reference = fid.statistics(self.net, self.images.pixels[wanted], "data features")
+            real = self.images.pixels[self.wanted]
+            self.reference = fid.statistics(self.net, real, "data features")
         return fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
 
 
@@ -536,8 +556,8 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         pixels, spent = [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
             for i in range(0, count, 256):
-                y, start = labels[i:i + 256].to(run.device), time.perf_counter()
-                z = noise(len(y), args, i).to(run.device)
+                y = labels[i:i + 256].to(run.device)
+                z, start = noise(len(y), args, i).to(run.device), time.perf_counter()
                 pixels.append(to_uint8(generate(z, y, n)).cpu())            # .cpu() waits
                 spent += time.perf_counter() - start
                 bar.update(len(y))
@@ -594,7 +614,7 @@ def main(argv=None):
 
     def generate(z, y, steps):
         with autocast:
-            return sample(s_ema, z, y, steps, **cfg)
+            return sample(s_ema, z, y, steps, None if args.k else 1 / M, **cfg)
 
     for step in run.steps(args.iters):
         i = torch.randint(len(pixels), (args.batch,), device=device)
@@ -618,9 +638,10 @@ def main(argv=None):
         if (step + 1) % max(1, args.iters // 10) == 0:
             draw(run, generate, scorer.classes, f"progress/{step + 1:07d}.png")
 
-    draw(run, generate, scorer.classes, "samples.png")
+    if not args.labels:
+        draw(run, generate, scorer.classes, "samples.png")
     evaluate(run, scorer, generate, args.steps, "shortcut ema" if args.k else "flow ema",
-             nfe=lambda steps: 2 * steps if args.cfg != 1 and steps == M else steps)
+             nfe=lambda n: 2 * n if args.cfg != 1 and (n == M or not args.k) else n)
 
 
 # ---- common: errors ------------------------------------------------------------------------------
@@ -628,9 +649,12 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, torch.OutOfMemoryError) as error:
-        message = error if isinstance(error, UserError) else "out of memory; give a smaller --batch"
-        print(f"{METHOD}.py: {message}", file=sys.stderr)
+    except UserError as error:
+        print(f"{METHOD}.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"{METHOD}.py: out of memory; give a smaller --batch or --channels, another --out",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:                               # before there is anything to keep
         print("stopped", file=sys.stderr)

@@ -203,31 +203,31 @@ MISTAKES = [
     ("--steps 256", "--steps 256: a shortcut model jumps in 1, 2, 4"),
     ("--steps 0", "--steps 0: a shortcut model jumps in 1, 2, 4"),
     ("--steps one", "--steps: invalid numbers value: 'one'"),
-    ("--steps ,", "--steps needs a number"),
-    ("--samples 1", "--samples 0 or at least 2"),
-    ("--samples -1", "--samples -1: expected at least 0"),
+    ("--steps ,", "--steps: invalid numbers value"),
+    ("--samples 1", "--samples 1: has no covariance"),
+    ("--samples -1", "--samples -1: expected 0 or more"),
     ("--data nowhere", "--data nowhere: no such data set or folder"),
     ("--data EMPTY", "no images in it"),
     ("--data README.md", "is a file"),
     ("--data cifar10 --resolution 64", "cifar10 is 32x32"),
     ("--labels unicorn", "--labels unicorn: shapes train has the classes circle, square"),
     ("--labels 10", "--labels 10: shapes train has the classes"),
-    ("--iters 0", "--iters 0: expected at least 1"),
+    ("--iters 0", "--iters 0: expected 1 or more"),
     ("--iters 1.5", "--iters: invalid int value"),
-    ("--batch -4", "--batch -4: expected at least 1"),
-    ("--seed -1", "--seed -1: expected at least 0"),
+    ("--batch -4", "--batch -4: expected 1 or more"),
+    ("--seed -1", "--seed -1: expected 0 or more"),
     ("--seed 99999999999", "--seed 99999999999: expected"),
     ("--lr 20", "--lr 20.0: expected a number between 0 and 1"),
     ("--lr nan", "--lr nan: expected a number between 0 and 1"),
     ("--ema 1", "--ema 1.0: expected a number between 0 and 1"),
     ("--dropout -0.1", "--dropout -0.1: expected a number between 0 and 1"),
     ("--weight-decay -1", "--weight-decay -1.0: expected at least 0"),
-    ("--k 1.5", "--k 1.5: is a share of the batch"),
+    ("--k 1", "--k 1.0: is a share of the batch, from 0 to"),
     ("--cfg -1", "--cfg is a scale of at least 0"),
     ("--cfg nan", "--cfg is a scale of at least 0"),
     ("--channels 24", "--channels 24: expected a multiple of 16"),
     ("--mult 1,2", "--mult and --blocks: expected as many numbers"),
-    ("--mult ,", "--mult: invalid"),
+    ("--mult none", "--mult and --blocks: expected as many numbers"),
     ("--attention 7", "--attention 7: no stage has that resolution"),
     ("--resolution 18", "--resolution 18: cannot be halved 2 times"),
     ("--device tpu", "--device tpu: not available here"),
@@ -237,6 +237,7 @@ MISTAKES = [
     ("--inception nowhere.pth --features inception", "--inception nowhere.pth: cannot be read"),
     ("--out README.md/run", "--out README.md/run: cannot be made"),
     ("--out FULL", "--out FULL: is no run folder and not empty"),
+    ("--out OTHER", "OTHER: holds a run of dmd2.py"),
     ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
     ("--step 1", "unrecognized arguments: --step 1"),
 ]
@@ -247,6 +248,8 @@ def test_a_mistake_is_one_line_and_touches_nothing(line, message, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "FULL").mkdir()
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER" / "args.json").write_text('{"args": {"method": "dmd2"}}')
     for name in ("README.md", "FULL/log.csv"):
         (tmp_path / name).write_text("text")
     monkeypatch.setattr(shortcut, "shortcut_loss", None)                # nothing may train
@@ -254,7 +257,8 @@ def test_a_mistake_is_one_line_and_touches_nothing(line, message, tmp_path, monk
         shortcut.main(["--device", "cpu", *line.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
     left = {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == {"README.md": "text", "log.csv": "text"}
+    assert left == {"README.md": "text", "log.csv": "text",
+                    "args.json": '{"args": {"method": "dmd2"}}'}
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
@@ -277,15 +281,35 @@ def test_guidance_needs_classes_and_one_process_is_all_there_is(tmp_path, monkey
         shortcut.main(line)
 
 
-@pytest.mark.parametrize("options", ["--k 0", "--k 1", "--batch 1", "--batch 2 --k 0.1",
+@pytest.mark.parametrize("options", ["--k 0", "--k 0 --cfg 2", "--batch 1", "--batch 2 --k 0.1",
                                      "--cfg 2 --label-dropout 0.5"])
 def test_every_kind_of_batch_trains_and_samples(options, tmp_path, capsys):
     shortcut.main([*TINY, *options.split(), "--out", str(tmp_path / "run"), "--iters", "3",
                    "--steps", "1,128"])
     lines = [l for l in capsys.readouterr().out.splitlines() if l.startswith("FD-random")]
-    calls = ["NFE 1", "NFE 256" if "--cfg" in options else "NFE 128"]       # guidance asks twice
-    assert [line.split(" | ")[3] for line in lines] == calls
-    assert ("flow ema" if options == "--k 0" else "shortcut ema") in lines[0]
+    # Guidance asks twice: where the jumps have not learned it, at the finest length.
+    calls = {"--cfg": ("NFE 1", "NFE 256"), "--k 0 --cfg 2": ("NFE 2", "NFE 256")}.get(
+        options if options.startswith("--k") else options.split()[0], ("NFE 1", "NFE 128"))
+    assert tuple(line.split(" | ")[3] for line in lines) == calls
+    assert ("flow ema" if options.startswith("--k 0") else "shortcut ema") in lines[0]
+
+
+def test_flow_matching_is_sampled_at_the_length_it_was_trained_at(tmp_path, monkeypatch):
+    """--k 0 trains d = 1/128 alone; at other lengths the network was never asked."""
+    seen, real = set(), shortcut.Shortcut.forward
+    def forward(self, x, t, d, y):
+        seen.update(d.tolist())
+        return real(self, x, t, d, y)
+    monkeypatch.setattr(shortcut.Shortcut, "forward", forward)
+    shortcut.main([*TINY, "--k", "0", "--out", str(tmp_path / "run"), "--iters", "2"])
+    assert seen == {1 / 128}
+
+
+def test_a_folder_called_shapes_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    with pytest.raises(fid.UserError, match="no images in it"):
+        shortcut.main(["--data", "./shapes", "--device", "cpu"])
 
 
 def test_compile_is_asked_for_both_networks(tmp_path, monkeypatch):
