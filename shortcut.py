@@ -415,9 +415,7 @@ class Run:
         about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
                      python=platform.python_version(), torch=torch.__version__)
         self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
-        log = self.folder / "log.csv"
-        rows = csv.DictReader(log.read_text().splitlines() if log.exists() else [])
-        self.rows = [row for row in rows if int(row["step"]) <= self.step]
+        self.rows = [row for row in self.read_csv("log.csv") if int(row["step"]) <= self.step]
         print(f"{'going on' if self.step else 'training'} at step {self.step} of {self.args.iters}"
               f" in {self.folder} ({hardware}, {self.args.precision})", flush=True)
 
@@ -467,6 +465,16 @@ class Run:
         self.rows.append(dict(step=self.step) | {n: f"{value:.6g}" for n, value in row.items()})
         self.sums, self.since = {}, (now, self.step)
         self.write_csv("log.csv", self.rows)
+
+    def read_csv(self, name):
+        path = self.folder / name
+        try:
+            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            if all(row["step"].isdecimal() for row in rows):
+                return rows
+        except (OSError, ValueError, LookupError, AttributeError, csv.Error):
+            pass
+        raise UserError(f"{path}: cannot be read as a table of steps; move it away")
 
     def write_csv(self, name, rows):
         def write(path):
@@ -578,9 +586,7 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         row = dict(step=run.step, metric=scorer.net.label, value=value, samples=args.samples,
                    reference=scorer.reference.n, data=scorer.name, nfe=nfe(n), who=who,
                    img_per_s=speed)
-        scores = run.folder / "scores.csv"
-        rows = list(csv.DictReader(scores.read_text().splitlines())) if scores.exists() else []
-        run.write_csv("scores.csv", [*rows, row])
+        run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
     print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 

@@ -349,6 +349,15 @@ def test_a_broken_args_json_is_one_line(text, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["step,loss\nx,1\n", "a,b\n1,2\n", "step,loss\n\n,\n", "\0"])
+def test_a_damaged_table_is_one_line(text, tmp_path):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1"]
+    shortcut.main([*line, "--samples", "0"])
+    (tmp_path / "run" / "scores.csv").write_text(text + "\n1,2")
+    with pytest.raises(fid.UserError, match="scores.csv: cannot be read as a table of steps"):
+        shortcut.main([*line, "--samples", "8"])
+
+
 def test_ctrl_c_while_sampling_keeps_the_training(tmp_path, monkeypatch, capsys):
     line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "2"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
