@@ -252,7 +252,8 @@ def draw_t_d(batch, k, device="cpu"):
     """
     n = int(k * batch + torch.rand(()).item())
     t, d = torch.rand(batch, device=device), torch.full((batch,), 1 / M, device=device)
-    d[:n] = 0.5 ** ((torch.arange(n) + torch.randint(LEVELS, ())) % LEVELS).to(device)
+    start = torch.randint(LEVELS, (1,), device=device)
+    d[:n] = 0.5 ** ((torch.arange(n, device=device) + start) % LEVELS)
     t[:n] = (t[:n] / d[:n]).floor() * d[:n]
     return t, d, n
 
