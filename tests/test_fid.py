@@ -322,8 +322,8 @@ def test_shapes_are_what_where_and_as_large_as_drawn():
     area = cover.mean((1, 2))
     expected = torch.tensor([AREAS[shape] for shape in fid.SHAPES])[labels]
     near(area / radius ** 2 / expected, torch.ones(n), .02)
-    corners = [0, 0, -1, -1], [0, -1, 0, -1]
-    near(pixels[:, :, *corners].float(), back[:, :, *corners].round())
+    rows, columns = [0, 0, -1, -1], [0, -1, 0, -1]
+    near(pixels[:, :, rows, columns].float(), back[:, :, rows, columns].round())
 
     own = labels == 0                           # circles
     x, y = ((cover.mean(axis) * ticks).mean(1) / area for axis in (1, 2))
