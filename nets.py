@@ -105,8 +105,7 @@ class UNet(nn.Module):
         sides = [resolution >> i for i in range(len(mult))]
         ins = [channels, *widths[:-1]]
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        # Scale and shift say what to draw, not where: so each stage learns a map of places,
-        # and each class a map at the coarsest stage (few channels: there may be 1000 classes).
+        # The maps of places; those of classes have few channels, since there may be 1000 classes.
         self.place = nn.ParameterList(nn.Parameter(0.02 * torch.randn(c, r, r))
                                       for c, r in zip(ins, sides))
         self.label_map = nn.Embedding(num_classes + 1, 16 * sides[-1] ** 2)
