@@ -6,6 +6,12 @@ with the mean and covariance of 2048 Inception features of each set of images (`
 network and the numbers of pytorch-fid), or of a small random network's features where Inception's
 weights cannot be had or mean nothing (`random`: printed as FD-random, never as FID).
 
+    python fid.py samples.npz --data cifar10            # .npz, .npy or a folder, against a data set
+    python fid.py samples.npz --stats cifar10.npz       # against the mu and sigma of a file
+    python fid.py --data cifar10 --save-stats cifar10.npz           # make such a file
+
+print FID, KID, precision and recall, each a line with its protocol. Or from Python:
+
     images = load_images("shapes", 32)                  # or cifar10, a folder, ImageNet-64 batches
     net = RandomFeatures()
     print(distance(statistics(net, images.pixels), statistics(net, samples)))
@@ -13,19 +19,25 @@ weights cannot be had or mean nothing (`random`: printed as FD-random, never as 
 All images are uint8 NCHW tensors; the networks see them as floats in [-1, 1]. float -> uint8
 happens in one place and one way, `to_uint8`.
 """
+import argparse
 import concurrent.futures
 import hashlib
 import math
 import os
 import pathlib
+import sys
+import time
 import typing
 
 import numpy as np
+import scipy.linalg
 import torch
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models.inception import BasicConv2d
 from tqdm import tqdm
 
 
@@ -45,9 +57,25 @@ class Images(typing.NamedTuple):
     name: str                       # as a score's protocol line calls the set
 
 
+def pick_device(name):
+    """cpu, cuda, mps, or auto for the best that is there -> torch.device."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "mps" if torch.backends.mps.is_available() else auto
+    try:
+        device = torch.device(auto if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not available here "
+                        f"({str(error).splitlines()[0]})") from None
+
+
 def to_uint8(x):
-    """Floats in [-1, 1] -> uint8, rounding to nearest:
-    -1 -> 0, 0 -> 128, 1 -> 255 (the rule of EDM)."""
+    """Floats in [-1, 1] -> uint8, rounding to nearest: -1 -> 0, 0 -> 128, 1 -> 255 (EDM's rule).
+
+    Samples are quantised here, once, before they are saved or scored, and nowhere else: a score
+    of floats would differ from that of the pictures.
+    """
     return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -160,8 +188,8 @@ FORMATS = [f for f in "PNG JPEG WEBP GIF BMP TIFF PPM JPEG2000 AVIF QOI TGA".spl
 
 
 def _read_image(path, resolution):
-    """One file -> [3, R, R] uint8:
-    upright, transparency on white, centre-cropped, Lanczos-downsampled."""
+    """One file -> [3, R, R] uint8: upright, transparency on white, centre-cropped,
+    Lanczos-downsampled; of the size it has where the resolution is None."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
@@ -177,6 +205,8 @@ def _read_image(path, resolution):
         why = ("not an image" if isinstance(error, UnidentifiedImageError)
                else " ".join(str(error).split()))
         raise UserError(f"{path}: cannot be read ({why}); mend or remove it") from None
+    if resolution is None:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if min(image.size) < resolution:
         raise UserError(f"{path}: {image.width}x{image.height} is smaller than "
                         f"{resolution}x{resolution}; remove it or give a smaller --resolution")
@@ -193,7 +223,7 @@ def read_folder(folder, resolution):
 
     Files that are no images by their name's ending, and hidden files, are passed over;
     an image that is broken or too small is an error, since to leave it out would change
-    the data without a word.
+    the data without a word. With a resolution of None they must be of one size, and are kept so.
     """
     folder = pathlib.Path(folder)
     def unreadable(error):
@@ -217,10 +247,16 @@ def read_folder(folder, resolution):
         read = tqdm(pool.map(lambda p: _read_image(p, resolution), files), "reading images",
                     total=len(files), unit="img", leave=False, disable=None)
         try:
-            pixels = torch.stack(list(read))
+            pixels = list(read)
         except BaseException:                           # also Ctrl-C: do not decode the rest
             pool.shutdown(cancel_futures=True)
             raise
+    size = lambda x: f"{x.shape[2]}x{x.shape[1]}"
+    for path, x in zip(files, pixels):
+        if x.shape != pixels[0].shape:
+            raise UserError(f"{path}: is {size(x)}, {files[0].name} {size(pixels[0])}; "
+                            "expected samples of one size")
+    pixels = torch.stack(pixels)
     return pixels, torch.tensor([classes.index(t) if classes else 0 for t in tops]), classes
 
 
@@ -264,31 +300,36 @@ def kind_of(data):
     return "imagenet64" if any(path.glob("train_data_batch_*.npz")) else "folder"
 
 
-def load_images(data, resolution, cache="data"):
+def load_images(data, resolution, split="train", cache="data"):
     """The images of a --data value, as `Images` on the CPU.
 
     data: "shapes", "cifar10" (torchvision's, under the folder `cache`, downloaded at need),
-    or a folder: of images, or of downsampled-ImageNet batches. Raises UserError with a line
-    for the user.
+    or a folder: of images, or of downsampled-ImageNet batches. split: "train", or "test" where
+    the data set has one. Raises UserError with a line for the user.
     """
     kind = kind_of(data)
     if kind == "shapes":
-        return Images(*shapes(resolution=resolution), SHAPES, "shapes train")
+        drawn = (shapes(resolution=resolution) if split == "train" else
+                 shapes(10_000, resolution, seed=1))
+        return Images(*drawn, SHAPES, f"shapes {split}")
     if kind == "cifar10":
         if resolution != 32:
-            raise UserError(f"--resolution {resolution}: cifar10 is 32x32")
+            raise UserError(f"--data cifar10 at {resolution}x{resolution}: cifar10 is 32x32")
         try:
-            cifar = torchvision.datasets.CIFAR10(cache, train=True, download=True)
+            cifar = torchvision.datasets.CIFAR10(cache, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data cifar10: cannot be downloaded ({error}); "
                             f"put cifar-10-python.tar.gz into {cache}/, "
                             "or give a folder of images") from None
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        return Images(pixels, torch.tensor(cifar.targets), cifar.classes, "cifar10 train")
+        return Images(pixels, torch.tensor(cifar.targets), cifar.classes, f"cifar10 {split}")
     if kind == "imagenet64":
         number = lambda p: int("".join(filter(str.isdigit, p.stem)) or 0)
         files = sorted(pathlib.Path(data).glob("train_data_batch_*.npz"), key=number)
-        return Images(*read_batches(files, resolution), f"{pathlib.Path(data).name} train")
+        files = files if split == "train" else [pathlib.Path(data) / "val_data.npz"]
+        return Images(*read_batches(files, resolution), f"{pathlib.Path(data).name} {split}")
+    if split != "train":
+        raise UserError(f"--split {split}: a folder has no splits; give the one to compare with")
     return Images(*read_folder(data, resolution), str(data).rstrip("/"))
 
 
@@ -314,6 +355,7 @@ class RandomFeatures(nn.Module):
             fan_in = conv.weight[0].numel()
             conv.weight.data = torch.randn(conv.weight.shape, generator=rng) * math.sqrt(2 / fan_in)
             conv.bias.data = torch.randn(conv.bias.shape, generator=rng) * 0.2
+        self.dim = sum(widths)
         self.eval().requires_grad_(False)
 
     def forward(self, pixels):
@@ -335,10 +377,11 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class Inception(nn.Module):
     """The FID network of 2015-12-05: uint8 [B, 3, H, W] of any size -> [B, 2048] pool3 features.
 
-    torchvision's Inception v3 skeleton with the poolings of the original TensorFlow graph; it loads
-    pytorch-fid's state dict as it is.
+    torchvision's Inception v3 skeleton with the poolings of the original TensorFlow graph, and
+    each batch norm folded into the convolution before it. state: pytorch-fid's state dict.
     """
-    name, label, batch = "inception", "FID", 16            # on a CPU, 16 beats 50
+    name, label, dim = "inception", "FID", 2048
+    batch = 8                                               # on a CPU, 8 beats 50 by a tenth
 
     def __init__(self, state=None):
         super().__init__()
@@ -348,10 +391,23 @@ class Inception(nn.Module):
                      "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e",
                      "Mixed_7b", "Mixed_7c"):
             _patch_pooling(self.net.get_submodule(name), largest=name == "Mixed_7c")
-        if state is not None:
-            self.net.load_state_dict(state)
         self.net.fc, self.net.dropout = nn.Identity(), nn.Identity()
+        for unit in self.net.modules():
+            if isinstance(unit, BasicConv2d):
+                unit.bn, unit.conv.bias = nn.Identity(), nn.Parameter(torch.zeros(1))
+        if state is not None:
+            self.load_state_dict(state)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def load_state_dict(self, state):
+        """pytorch-fid's state dict as it is. Folded in float64: no digit is lost by it."""
+        for name, unit in self.net.named_modules():
+            if isinstance(unit, BasicConv2d):
+                weight, mean, var, gain, shift = (state[f"{name}.{part}"].double() for part in (
+                    "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
+                weight, bias = fuse_conv_bn_weights(weight, None, mean, var, 1e-3, gain, shift)
+                unit.conv.weight.data.copy_(weight)
+                unit.conv.bias.data = bias.to(unit.conv.weight)
 
     def forward(self, pixels):
         x = F.interpolate(pixels.float() / 255, (299, 299), mode="bilinear", align_corners=False)
@@ -412,18 +468,24 @@ def load_features(name, device="cpu", inception=None):
         return RandomFeatures().to(device)
 
 
-# ---- the distance --------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 class Statistics:
-    """Mean and unbiased covariance of a stream of features, in float64;
-    also of parts, by `merge`."""
+    """Mean and unbiased covariance of a stream of features, in float64; also of parts, by `merge`.
 
-    def __init__(self, dim):
+    n is 0 where a file does not tell how many images it is of; network: whose features. kept:
+    those of some of the images [K, dim] float32 in random order, for scores of more than moments.
+    """
+
+    def __init__(self, dim, network="unknown"):
         self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)   # sum of (f - mean)(f - mean)^T
+        self.network, self.kept = network, torch.empty(0, dim)
 
     def merge(self, n, mean, scatter):
         """Pairwise update (Chan et al. 1979): no large sums that cancel, so stable for millions."""
+        if n == 0:
+            return
         delta, total = mean - self.mean, self.n + n
         self.scatter += scatter + torch.outer(delta, delta) * (self.n * n / total)
         self.mean += delta * (n / total)
@@ -434,49 +496,308 @@ class Statistics:
         mean = f.mean(0)
         self.merge(len(f), mean, (f - mean).T @ (f - mean))
 
+    def gather(self, device="cpu"):
+        """-> of all torch.distributed processes, in each: one all_gather, merged in one order."""
+        own = torch.cat([torch.full_like(self.mean, self.n)[None], self.mean[None], self.scatter])
+        parts = [torch.empty_like(own, device=device)
+                 for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own.to(device))
+        total = Statistics(len(self.mean), self.network)
+        for part in parts:
+            part = part.cpu()
+            total.merge(int(part[0, 0]), part[1], part[2:])
+        return total
+
     @property
     def cov(self):
-        return self.scatter / (self.n - 1)
+        return self.scatter / max(1, self.n - 1)
 
 
 @torch.no_grad()                # not inference_mode: what it makes cannot be merged into afterwards
-def statistics(net, pixels, progress=None):
-    """Statistics of the features of uint8 images [N, 3, H, W];
-    float32 without TF32, as peers compute them."""
+def statistics(net, pixels, progress=None, keep=0):
+    """`Statistics` of the features of uint8 images [N, 3, H, W], `keep` of them kept.
+
+    float32 without TF32, as peers compute them. Memory does not grow with N, nor does the result
+    depend on how the images fall into batches.
+    """
     if len(pixels) < 2:
         raise UserError(f"{len(pixels)} images to score or compare with; "
                         "a covariance needs at least 2")
-    device, stats = next(net.parameters()).device, None
+    device, stats, rows = next(net.parameters()).device, None, []
+    size = net.batch if device.type == "cpu" else 16 * net.batch
+    slot = torch.full((len(pixels),), -1)                   # where an image's features are kept
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:keep]
+    slot[chosen] = torch.arange(len(chosen))
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    bar = tqdm(total=len(pixels), desc=progress, unit="img", leave=False,
-               disable=None if progress else True)
-    for part in pixels.split(net.batch):
-        f = net(part.to(device))
-        stats = stats or Statistics(f.shape[1])
-        stats.update(f)
-        bar.update(len(part))
-    bar.close()
+    with tqdm(total=len(pixels), desc=progress, unit="img", leave=False,
+              disable=None if progress else True) as bar:
+        for i in range(0, len(pixels), size):
+            f, at = net(pixels[i:i + size].to(device)).float().cpu(), slot[i:i + size]
+            if stats is None:
+                stats = Statistics(f.shape[1], net.name)
+                stats.kept = torch.empty(len(chosen), f.shape[1])
+            stats.kept[at[at >= 0]] = f[at >= 0]
+            rows.append(f)
+            if len(rows) * size >= 1024 or i + size >= len(pixels):
+                stats.update(torch.cat(rows))               # a product of few rows costs as much
+                rows.clear()
+            bar.update(len(f))
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     return stats
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians;
-    arrays or tensors, [D] and [D, D], computed in float64.
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fewstep"
 
-    tr (sigma1 sigma2)^1/2 is the sum of the square roots of the eigenvalues of s sigma2 s,
-    with s the symmetric root of sigma1: real and non-negative, also where a covariance
-    lacks full rank.
+
+def reference(net, pixels, progress="data features", keep=0):
+    """`statistics` of a data set, computed once and kept in ~/.cache/fewstep.
+
+    The file's name is a hash of all that they depend on: the pixels, the network's weights, and
+    this file's own text, so that no change to any of them finds what was computed before it.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64)
+    key = hashlib.sha256(pathlib.Path(__file__).read_bytes() + repr((pixels.shape, keep)).encode())
+    for tensor in (*net.state_dict().values(), *pixels.split(10_000)):
+        key.update(tensor.cpu().contiguous().numpy())
+    file = CACHE / f"{net.name}-{key.hexdigest()[:32]}.npz"
+    try:
+        if file.exists():
+            return load_statistics(file)
+    except UserError:                                       # damaged: made again
+        pass
+    stats = statistics(net, pixels, progress, keep)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        save_statistics(file, stats, kept=stats.kept)
+    except (OSError, UserError):                            # no home, or a full one: not kept
+        pass
+    return stats
+
+
+def save_statistics(path, stats, **more):
+    """mu and sigma, as pytorch-fid and EDM write them; beside them n, the network and more."""
+    path, temporary = pathlib.Path(path), pathlib.Path(f"{path}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, mu=stats.mean, sigma=stats.cov, n=stats.n, network=stats.network, **more)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def load_statistics(path):
+    """The statistics in a file, ours, pytorch-fid's or EDM's; UserError where there are none."""
+    arrays = read_arrays(path)
+    mu, sigma, n = (arrays.get(name, np.zeros(())) for name in ("mu", "sigma", "n"))
+    kept = arrays.get("kept", np.empty((0, *mu.shape), np.float32))
+    if (mu.ndim != 1 or len(mu) < 2 or sigma.shape != 2 * mu.shape or n.shape
+            or n.dtype.kind not in "iuf" or n < 0 or kept.ndim != 2 or kept.shape[1:] != mu.shape
+            or any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in (mu, sigma, kept))):
+        raise UserError(f"{path}: holds no statistics; expected finite mu [D] and sigma [D, D]")
+    network = str(arrays.get("network", "inception" if len(mu) == 2048 else "unknown"))
+    stats = Statistics(len(mu), network)
+    stats.n, stats.mean = int(n), torch.from_numpy(mu).double()
+    stats.scatter = torch.from_numpy(sigma).double() * max(1, stats.n - 1)
+    stats.kept = torch.from_numpy(kept)
+    return stats
+
+
+def read_arrays(path):
+    """The arrays of an .npz or .npy by name, none of which can run code."""
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            return {"array": arrays}
+        with arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:                              # zipfile and NumPy raise all sorts
+        raise UserError(f"{path}: cannot be read as .npz or .npy "
+                        f"({' '.join(str(error).split())})") from None
+
+
+# ---- distances -----------------------------------------------------------------------------------
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Frechet distance of two Gaussians; arrays or tensors, [D] and [D, D], in float64.
+
+    tr (sigma1 sigma2)^1/2 is the sum of the square roots of the eigenvalues of r^T sigma2 r, for
+    any r with r r^T = sigma1: real and non-negative. r is the Cholesky factor with pivoting, which
+    there is for covariances of any rank.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64).cpu().numpy()
                                 for a in (mu1, sigma1, mu2, sigma2))
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
+    root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=1)
+    root[:, rank:] = 0
+    pivoted = sigma2[np.ix_(order - 1, order - 1)]                      # LAPACK counts from 1
+    product, _ = scipy.linalg.lapack.dsygst(pivoted, root, itype=2, lower=1)    # root^T . root
+    values = np.linalg.eigvalsh(product[:rank, :rank]).clip(min=0)
+    return float(((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace()
+                 - 2 * np.sqrt(values).sum())
 
 
 def distance(a, b):
     """Frechet distance of two `Statistics`."""
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+
+def kernel_distance(f, g, blocks=10):
+    """KID: unbiased squared MMD of features [N, D] and [M, D], and its standard error.
+
+    Kernel (x.y / D + 1)^3 (Binkowski et al. 2018, 1801.01401). Each of `blocks` disjoint parts
+    gives an unbiased estimate of its own: their mean, and its error from their spread.
+    """
+    def estimate(x, y):
+        (n, dim), m = x.shape, len(y)
+        xx, yy, xy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        return ((xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+                - 2 * xy.mean())
+    parts = [t.double().tensor_split(blocks) for t in (f, g)]
+    values = torch.stack([estimate(x, y) for x, y in zip(*parts)])
+    return float(values.mean()), float(values.std() / math.sqrt(blocks))
+
+
+def precision_recall(f, g, k=3):
+    """Of samples' features f [N, D] and real ones g [M, D] (Kynkaanniemi et al. 2019, 1904.06991).
+
+    Precision: the share of samples that lie within some real image's distance to its k-th nearest
+    real neighbour. Recall: the same with the roles exchanged.
+    """
+    def covered(x, y):
+        rows = lambda a: (torch.cdist(part, y) for part in a.split(1000))   # [1000, len(y)] each
+        radius = torch.cat([d.kthvalue(k + 1, dim=1).values for d in rows(y)])      # 1st: itself
+        return float(torch.cat([(d <= radius).any(1) for d in rows(x)]).double().mean())
+    f, g = f.double(), g.double()
+    return covered(f, g), covered(g, f)
+
+
+def protocol(label, value, features, n, m, data, nfe, who, speed):
+    """A score as one line, with all that it depends on, always in this order."""
+    line = (f"{label} {value} | {features} | {n or '?'} samples vs {m or '?'} {data} | NFE {nfe} | "
+            f"{who} | {speed} img/s")
+    return line + " | fewer than 2048 samples: biased upward" * (0 < n < 2048)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+KEEP = 10_000                   # features kept of each side, for KID, precision and recall
+
+
+def read_samples(path):
+    """A file or a folder of samples -> uint8 [N, 3, H, W], or `Statistics` if it holds such."""
+    if pathlib.Path(path).is_dir():
+        return read_folder(path, None)[0]
+    arrays = read_arrays(path)
+    if {"mu", "sigma"} <= set(arrays):
+        return load_statistics(path)
+    pictures = [a for a in arrays.values() if a.ndim == 4]
+    if len(pictures) != 1:
+        raise UserError(f"{path}: holds {len(pictures)} arrays of images; expected one, uint8 "
+                        "[N, H, W, 3] or [N, 3, H, W], or mu and sigma")
+    images, = pictures
+    if images.dtype != np.uint8 or 3 not in (images.shape[1], images.shape[3]):
+        raise UserError(f"{path}: images are {images.dtype} {list(images.shape)}; expected uint8 "
+                        "[N, H, W, 3] or [N, 3, H, W]")
+    images = torch.from_numpy(images)
+    return images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="fid.py", description="The distance of samples to a data set: FID and, from the same "
+        "features, KID, precision and recall.", allow_abbrev=False)
+    def refuse(message):                                # argparse would print its usage, and exit
+        raise UserError(message)
+    parser.error, add = refuse, parser.add_argument
+    add("samples", nargs="?", help=".npz or .npy of uint8 images, a folder of images, or "
+        "statistics: .npz with mu and sigma")
+    add("--data", help="what to compare with: shapes, cifar10, a folder of images, or one of "
+        "downsampled-ImageNet batches")
+    add("--split", choices=["train", "test"], default="train", help="of --data [train]")
+    add("--resolution", type=int, help="side of --data's images [that of the samples, or 32]")
+    add("--stats", help="compare with the mu and sigma in this .npz: FID alone")
+    add("--save-stats", help="write mu and sigma of the samples, without samples of --data")
+    add("--features", choices=["auto", "inception", "random"], default="auto",
+        help="auto: those of --stats, random for shapes, else inception if its weights can be had")
+    add("--inception", help="path of the Inception weights")
+    add("--device", default="auto", help="cpu, cuda, mps")
+    args = parser.parse_args(argv)
+    if args.data and args.stats:
+        raise UserError("--data, --stats: give one of them to compare with")
+    if not args.samples and not (args.data and args.save_stats):
+        raise UserError("what to score is missing: give SAMPLES, or --data with --save-stats")
+    if not (args.data or args.stats or args.save_stats):
+        raise UserError("what to compare with is missing: give --data or --stats")
+    if args.resolution is not None and args.resolution < 8:
+        raise UserError(f"--resolution {args.resolution}: expected 8 or more")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    samples = read_samples(args.samples) if args.samples else None
+    side, drawn = args.resolution or 32, isinstance(samples, torch.Tensor)
+    if drawn:
+        if len(samples) < 2:
+            raise UserError(f"{args.samples}: holds {len(samples)} images; expected at least 2")
+        size, side = samples.shape[2:], args.resolution or samples.shape[3]
+        if args.data and size != (side, side):
+            raise UserError(f"{args.samples}: images are {size[1]}x{size[0]}, --data is "
+                            f"{side}x{side}; expected the same")
+    real = load_statistics(args.stats) if args.stats else None
+    images = load_images(args.data, side, args.split) if args.data else None
+
+    given = [stats for stats in (samples, real) if isinstance(stats, Statistics)]
+    name = args.features
+    if name == "auto" and given and given[0].network in ("inception", "random"):
+        name = given[0].network
+    elif name == "auto" and args.data == "shapes":          # as the scripts score them
+        name = "random"
+    net = load_features(name, device, args.inception) if drawn or images else None
+    for stats in given:
+        network, dim = (net.name, net.dim) if net else (given[0].network, len(given[0].mean))
+        if stats.network != network or len(stats.mean) != dim:
+            raise UserError(f"{args.stats if stats is real else args.samples}: is of "
+                            f"{len(stats.mean)} {stats.network} features; expected {dim} {network}")
+
+    speed = "-"
+    if drawn:
+        start = time.perf_counter()
+        samples = statistics(net, samples, "features", KEEP)
+        speed = f"{samples.n / (time.perf_counter() - start):.0f}"
+    if images:
+        real = reference(net, images.pixels, keep=KEEP)
+    if args.save_stats:
+        save_statistics(args.save_stats, samples or real)
+        print(f"statistics: {args.save_stats}")
+    if not (samples and real):
+        return
+
+    def show(score, value, n, m):
+        label = f"{score}-{real.network}" if real.network != "inception" else score
+        label = label.replace("ID-", "D-")                  # FID and KID are Inception's alone
+        print(protocol(label, value, real.network, n, m, images.name if images else args.stats,
+                       "?", args.samples, speed), flush=True)
+    show("FID", f"{distance(samples, real):.4g}", samples.n, real.n)
+    n, m = len(samples.kept), len(real.kept)
+    if min(n, m) >= 20:                                     # two for each of KID's ten parts
+        mean, error = kernel_distance(samples.kept, real.kept)
+        precision, recall = precision_recall(samples.kept, real.kept)
+        show("KID", f"{mean:.3g} +- {error:.2g}", n, m)
+        show("precision", f"{precision:.4f}", n, m)
+        show("recall", f"{recall:.4f}", n, m)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"fid.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("fid.py: out of memory; give --device cpu, or fewer images", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

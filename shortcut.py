@@ -219,16 +219,7 @@ def stored_args(folder):
 
 def set_up(args):
     """-> the device, and the autocast context that networks run in. Settles args.precision."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = "mps" if torch.backends.mps.is_available() else device
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {args.device}: not available here "
-                        f"({str(error).splitlines()[0]})") from None
+    device = fid.pick_device(args.device)
     if args.precision == "auto":
         has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
         fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
@@ -547,8 +538,7 @@ class Scorer:
     def __call__(self, pixels):
         """The distance of samples [N, 3, R, R] uint8 to the data."""
         if self.reference is None:
-            real = self.images.pixels[self.wanted]
-            self.reference = fid.statistics(self.net, real, "data features")
+            self.reference = fid.reference(self.net, self.images.pixels[self.wanted])
         return fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
 
 
@@ -579,11 +569,9 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         if not args.samples:
             continue
         value, speed = scorer(pixels[:args.samples]), count / spent
-        line = (f"{scorer.net.label} {value:.4g} | {scorer.net.name} | {args.samples} samples vs "
-                f"{scorer.reference.n} {scorer.name} | NFE {nfe(n)} | {who} | {speed:.0f} img/s")
-        if args.samples < 2048:
-            line += " | fewer than 2048 samples: biased upward"
-        print(line, flush=True)
+        print(fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
+                           scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
+              flush=True)
         row = dict(step=run.step, metric=scorer.net.label, value=value, samples=args.samples,
                    reference=scorer.reference.n, data=scorer.name, nfe=nfe(n), who=who,
                    img_per_s=speed)

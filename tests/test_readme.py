@@ -48,6 +48,25 @@ def test_a_command_runs(command, tmp_path, monkeypatch):
     assert all((pathlib.Path(args.out) / f"samples-{n}step.png").exists() for n in args.steps)
 
 
+def test_the_commands_of_fid_run(tmp_path, monkeypatch, capsys):
+    """As printed and in that order, with random features: Inception's are a download."""
+    monkeypatch.chdir(tmp_path)
+    pixels = fid.shapes(40, 32)[0].permute(0, 2, 3, 1).numpy()
+    np.savez("samples.npz", images=pixels[:20])
+
+    class CIFAR10:
+        def __init__(self, root, train, download):
+            self.data, self.targets, self.classes = pixels[20:], [0] * 20, list("abcdefghij")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    commands = [c for c in COMMANDS if c.startswith("python fid.py")]
+    assert len(commands) == 3
+    for command in commands:
+        fid.main(shlex.split(command)[2:] + ["--features", "random", "--device", "cpu"])
+    labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert labels == ["FD-random", "KD-random", "precision-random", "recall-random",
+                      "statistics:", "FD-random"]
+
+
 def test_the_equations_are_on_the_lines_that_the_table_says():
     rows = re.findall(r"`([^`]+)` \| \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \|", README)
     assert len(rows) >= 10
