@@ -129,10 +129,10 @@ class UNet(nn.Module):
     def labels(self, t, y):
         return torch.full(t.shape, self.null_class, device=t.device) if y is None else y
 
-    def encode(self, x, t, d=None, y=None, emb=None):
+    def encode(self, x, t, d=None, y=None):
         """The encoder's features: a list, one a stage, [B, C_i, R / 2^i, R / 2^i],
         the deepest last."""
-        emb = self.embedding(t, d, y) if emb is None else emb
+        emb = self.embedding(t, d, y)
         h, features = self.conv_in(x), []
         for i, layers in enumerate(self.encoder):
             h = (F.avg_pool2d(h, 2) if i else h) + self.place[i].to(h.dtype)
@@ -141,10 +141,9 @@ class UNet(nn.Module):
             features.append(h)
         return features
 
-    def forward(self, x, t, d=None, y=None):
-        emb = self.embedding(t, d, y)
-        skips = self.encode(x, t, d, y, emb)
-        h = skips[-1]
+    def decode(self, skips, t, d=None, y=None):
+        """What `forward` gives, from the features of `encode`, which may serve another loss too."""
+        emb, h = self.embedding(t, d, y), skips[-1]
         label = self.label_map(self.labels(t, y)).view(len(h), 16, *h.shape[2:])
         h = h + self.label_map_out(label)
         for layer in self.middle:
@@ -155,3 +154,6 @@ class UNet(nn.Module):
             for layer in self.decoder[i]:
                 h = layer(h, emb)
         return self.conv_out(F.silu(self.norm_out(h))).float()
+
+    def forward(self, x, t, d=None, y=None):
+        return self.decode(self.encode(x, t, d, y), t, d, y)

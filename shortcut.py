@@ -44,6 +44,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -71,6 +72,7 @@ PRESETS = dict(
     attention  =((),        (16,),     (8,),      (16, 8)),
     dropout    =(0.0,       0.1,       0.1,       0.0),
 )
+STEPS = (1, 2, 4, 128)
 
 
 def method_options(add):
@@ -80,6 +82,11 @@ def method_options(add):
         help="guidance at the finest level, learned by the longer jumps; 1: off")
     add("--label-dropout", type=float, default=0.1, help="share of null labels, with --cfg")
     add("--weight-decay", type=float, default=0.1, help="AdamW's")
+
+
+def variant(given):
+    """What the name of the default run folder says besides method and data."""
+    return ""
 
 
 def check_method(args):
@@ -129,7 +136,7 @@ def parse_args(argv=None):
             help += f" [{show(default)}]"
         parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 
-    add("--steps", type=numbers, default=(1, 2, 4, 128), help="sampling steps (NFE), a comma list")
+    add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
     add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
         "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
@@ -162,7 +169,7 @@ def parse_args(argv=None):
         path = str(pathlib.Path(given["data"]))
         given["data"] = f"./{path}" if path in KINDS[:2] else path
     name = pathlib.Path(given.get("data", "shapes")).resolve().name
-    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}")
+    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
     stored = stored_args(folder)
     kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
     args = {name: values[kind] for name, values in defaults.items()}
@@ -229,11 +236,18 @@ def set_up(args):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-# ---- times and lengths ---------------------------------------------------------------------------
-
 def expand(t):
     return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
 
+
+def warmup_cosine(opt, iters):
+    """The learning rate over a training: up for 100 steps or a tenth, then down to zero."""
+    warmup = min(100, iters // 10 + 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / iters))) / 2)
+
+
+# ---- times and lengths ---------------------------------------------------------------------------
 
 def draw_t_d(batch, k, device="cpu"):
     """Times t and lengths d [batch], and n: the first n rows are self-consistency, k on average.
@@ -338,7 +352,7 @@ class Run:
         self.args, self.device, self.modules = args, device, modules
         self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
         self.data = [len(images.labels), *images.classes]   # another data set is another run
-        self.sums, self.rows = {}, []
+        self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
         self.checkpoint = self.folder / "checkpoint.pt"
         try:
             (self.folder / "progress").mkdir(parents=True, exist_ok=True)
@@ -394,7 +408,7 @@ class Run:
             raise UserError(f"{self.checkpoint}: {' '.join(str(why).split())[:200]}; "
                             "give another --out, or move it away to train anew") from None
 
-    def begin(self):
+    def begin(self, what, end):
         """Before the first step of a process: record it, and cut the log back to the checkpoint."""
         try:
             git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
@@ -408,14 +422,18 @@ class Run:
                      python=platform.python_version(), torch=torch.__version__)
         self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
         self.rows = [row for row in self.read_csv("log.csv") if int(row["step"]) <= self.step]
-        print(f"{'going on' if self.step else 'training'} at step {self.step} of {self.args.iters}"
-              f" in {self.folder} ({hardware}, {self.args.precision})", flush=True)
+        print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
+              f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
 
-    def steps(self, end, what="training"):
-        """Yield the steps up to `end`; after each keep what is due, and stop if a signal came."""
+    def steps(self, end, what, images):
+        """Yield the steps up to `end`; after each keep what is due, and stop if a signal came.
+
+        One counter runs through all phases of a training. images: how many a step takes.
+        """
         if self.step >= end:
             return
-        self.begin()
+        self.begin(what, end)
+        self.images = images
         self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
         with tqdm(total=end, initial=self.step, desc=what, unit="it", disable=None) as self.bar:
             while self.step < end:
@@ -448,13 +466,14 @@ class Run:
         """One row of log.csv, means since the last; ends the run if one is not finite."""
         (then, step), now = self.since, time.monotonic()
         row = {name: float(total / count) for name, (total, count) in self.sums.items()}
-        row["img_per_s"] = (self.step - step) * self.args.batch / (now - then)
+        row["img_per_s"] = (self.step - step) * self.images / (now - then)
         for name, value in row.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
                                 "kept. Train anew into another --out, with a lower --lr")
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
-        self.rows.append(dict(step=self.step) | {n: f"{value:.6g}" for n, value in row.items()})
+        self.rows.append(dict(step=self.step) | self.counts
+                         | {n: f"{value:.6g}" for n, value in row.items()})
         self.sums, self.since = {}, (now, self.step)
         self.write_csv("log.csv", self.rows)
 
@@ -479,13 +498,14 @@ class Run:
 
 # ---- common: pictures and scores -----------------------------------------------------------------
 
-def noise(n, args, offset=0):
-    """Noise [n, 3, R, R] of the samples offset, offset + 1, ...: each has a seed of its own, so
-    that no sample depends on the batch or the device it is drawn on."""
-    rngs = [torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000_000 + offset + i)
-            for i in range(n)]
-    return torch.stack([torch.randn(3, args.resolution, args.resolution, generator=rng)
-                        for rng in rngs])
+def noise_of(samples, args, device="cpu"):
+    """-> noise(), which at each call gives these samples (a range) fresh noise [n, 3, R, R].
+
+    Each sample has a seed of its own: none depends on the batch or the device it is drawn on.
+    """
+    rngs = [torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000_000 + i) for i in samples]
+    shape = 3, args.resolution, args.resolution
+    return lambda: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
 
 
 def classes_to_draw(args, images):
@@ -514,14 +534,6 @@ def save_grid(run, name, pixels, columns=10):
     run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)
 
 
-def draw(run, generate, classes, name):
-    """A picture of the training so far:
-    rows = 1, 2, 4, 128 steps, columns = classes, noise fixed."""
-    y = classes.repeat(10)[:10].to(run.device)
-    z = noise(10, run.args).to(run.device)
-    save_grid(run, name, torch.cat([to_uint8(generate(z, y, n)).cpu() for n in (1, 2, 4, 128)]))
-
-
 class Scorer:
     """The feature network and the reference statistics: asked for before the training, so that
     what cannot work is said at once; computed when first needed."""
@@ -545,7 +557,7 @@ class Scorer:
 def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
     """Sample at each number of steps, save the pictures, score, and print a protocol line each.
 
-    generate: (noise [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
+    generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
     args, classes = run.args, scorer.classes
     for n in steps:
@@ -555,9 +567,9 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         pixels, spent = [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
             for i in range(0, count, 256):
-                y = labels[i:i + 256].to(run.device)
-                z, start = noise(len(y), args, i).to(run.device), time.perf_counter()
-                pixels.append(to_uint8(generate(z, y, n)).cpu())            # .cpu() waits
+                y, start = labels[i:i + 256].to(run.device), time.perf_counter()
+                noise = noise_of(range(i, i + len(y)), args, run.device)
+                pixels.append(to_uint8(generate(noise, y, n)).cpu())        # .cpu() waits
                 spent += time.perf_counter() - start
                 bar.update(len(y))
         pixels = torch.cat(pixels)
@@ -581,6 +593,13 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
 
 # ---- training ------------------------------------------------------------------------------------
 
+def draw(run, generate, classes, name):
+    """A picture of the training so far: rows = 1, 2, 4, 128 steps, columns = classes."""
+    y = classes.repeat(10)[:10].to(run.device)
+    rows = [generate(noise_of(range(10), run.args, run.device), y, n) for n in (1, 2, 4, 128)]
+    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
+
+
 def main(argv=None):
     args = parse_args(argv)
     device, autocast = set_up(args)
@@ -598,20 +617,19 @@ def main(argv=None):
     s_ema.eval().requires_grad_(False)
     opt = torch.optim.AdamW(s.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay,
                             fused=True)
-    warmup = min(100, args.iters // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * i / args.iters)) / 2)
+    schedule = warmup_cosine(opt, args.iters)
     run = Run(args, device, images, dict(s=s, s_ema=s_ema, opt=opt, schedule=schedule))
     cfg = dict(cfg_scale=args.cfg, null_class=null_class)
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
-        s.net.compile(), s_ema.module.net.compile()
+        for net in (s.net, s_ema.module.net):
+            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
 
-    def generate(z, y, steps):
+    def generate(noise, y, steps):
         with autocast:
-            return sample(s_ema, z, y, steps, None if args.k else 1 / M, **cfg)
+            return sample(s_ema, noise(), y, steps, None if args.k else 1 / M, **cfg)
 
-    for step in run.steps(args.iters):
+    for step in run.steps(args.iters, "training", args.batch):
         i = torch.randint(len(pixels), (args.batch,), device=device)
         x_1, y = from_uint8(pixels[i]), labels[i]
         if args.flip:

@@ -159,8 +159,11 @@ def test_a_finished_run_only_samples_and_takes_its_options_from_the_folder(tmp_p
 
 def test_samples_do_not_depend_on_the_batch_they_were_drawn_in():
     args = shortcut.parse_args([*TINY, "--out", "nowhere"])
-    together = shortcut.noise(6, args)
-    assert torch.equal(together, torch.cat([shortcut.noise(1, args, i) for i in range(6)]))
+    noise = shortcut.noise_of(range(6), args)
+    alone = [shortcut.noise_of([i], args) for i in range(6)]
+    together, more = noise(), noise()
+    assert torch.equal(together, torch.cat([own() for own in alone]))
+    assert torch.equal(more, torch.cat([own() for own in alone])) and (together != more).all()
     assert abs(together.std() - 1) < 0.05 and not torch.equal(together[0], together[1])
     torch.manual_seed(0)
     s = shortcut.Shortcut(shortcut.UNet(16, 16, (1, 1), (1, 1),

@@ -1,0 +1,913 @@
+"""dmd2.py: Improved Distribution Matching Distillation (Yin et al. 2024, arXiv 2405.14867).
+
+A diffusion model is the teacher of a generator that needs one call (or a few). The generator's
+images should be distributed as the teacher's; a second diffusion model, the fake score, follows
+them, and where the two denoise an image differently, the image should move:
+
+    dL/dtheta = E[(D_fake(x_t) - D_real(x_t)) / mean|x - D_real(x_t)| dG/dtheta]     (Eq. 2)
+              + w_g dL_GAN/dtheta                                                    (Eq. 4)
+    L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |D_fake(x_t) - x|^2] + w_d L_D
+
+with x = G(z), x_t = x + sigma eps. L_GAN and L_D are those of a discriminator on the fake score's
+encoder. Five updates of the fake score go with each of the generator (two time-scales).
+
+Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
+teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
+two beginning as the teacher.
+
+    python dmd2.py --steps 1                          # coloured shapes, on a CPU: twenty minutes
+    python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
+    python dmd2.py --data cifar10 --steps 1           # on a GPU
+
+Departs from the paper in:
+  * everything is small, trained from scratch, teacher included, with fast learning rates;
+  * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
+    image the difference of scores and the generator's logit: they share sigma and eps, which the
+    official code draws apart. The sums of the losses have the same expectation, but that the
+    generator's logit sees the range of Eq. 2 (2 to 98 % of the levels), not all of it;
+  * the generator has an EMA, which is what is scored (the raw weights too); official: none;
+  * learning rates warm up and decay to zero, Adam's second beta is 0.99; gradients are clipped;
+  * the multi-step generator (4.5; in the paper of SDXL) is of the same kind: levels 999, 749,
+    499, 249 of the 1000;
+  * --regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
+"""
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import fid
+from fid import UserError, from_uint8, to_uint8
+from nets import UNet
+
+METHOD = "dmd2"
+SIGMA_MIN, SIGMA_MAX, RHO, LEVELS = 0.002, 80.0, 7, 1000        # the table of noise levels
+P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5                      # EDM's training and images
+
+PRESETS = dict(
+    #            shapes     cifar10    folder     imagenet64
+    teacher_iters=(6000,    200_000,   100_000,   400_000),
+    teacher_batch=(16,      256,       64,        256),
+    teacher_lr =(5e-3,      1e-3,      2e-3,      5e-4),
+    teacher_ema=(0.995,     0.9995,    0.999,     0.9999),
+    iters      =(600,       20_000,    10_000,    40_000),
+    batch      =(16,        256,       64,        256),
+    lr         =(5e-4,      1e-4,      1e-4,      2e-5),
+    fake_lr    =(1e-3,      1e-4,      1e-4,      2e-5),
+    ema        =(0.98,      0.999,     0.999,     0.999),
+    gan_weight =(6e-3,      6e-3,      6e-3,      3e-3),
+    samples    =(2048,      50_000,    10_000,    50_000),
+    features   =("random",  "auto",    "auto",    "auto"),
+    resolution =(32,        32,        32,        64),
+    flip       =(False,     True,      True,      True),
+    channels   =(32,        96,        64,        128),
+    mult       =((1, 2, 4), (1, 2, 2), (1, 2, 4), (1, 2, 3, 4)),
+    blocks     =((1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 2, 2, 2)),
+    attention  =((),        (16,),     (8,),      (16, 8)),
+    dropout    =(0.0,       0.1,       0.1,       0.0),
+)
+STEPS = (1,)
+
+
+def method_options(add):
+    add("--teacher", help="folder of another run, to take its teacher instead of training one")
+    add("--teacher-iters", type=int, help="length of the teacher's training")
+    add("--teacher-batch", type=int, help="its images per update")
+    add("--teacher-lr", type=float, help="its peak learning rate")
+    add("--teacher-ema", type=float, help="its decay of the running mean")
+    add("--teacher-steps", type=int, default=18,
+        help="Heun steps that the teacher is scored with, of two calls each; 0: not at all")
+    add("--train-steps", type=int, help="calls that the generator learns to sample in [the largest "
+        "of --steps]")
+    add("--backward-simulation", action=argparse.BooleanOptionalAction, default=True,
+        help="train later steps on the generator's own images; if not, on noised real ones")
+    add("--fake-updates", type=int, default=5, help="fake-score updates to one of the generator")
+    add("--fake-lr", type=float, help="the fake score's peak learning rate")
+    add("--dm-weight", type=float, default=1.0, help="of the distribution matching gradient")
+    add("--gan-weight", type=float, help="of the generator's GAN loss; 0: no GAN")
+    add("--disc-weight", type=float, default=1e-2, help="of the discriminator in L_fake")
+    add("--regression", type=float, default=0.0, help="weight of DMD's regression loss")
+    add("--pairs", type=int, default=2000, help="noise-image pairs of the teacher for it")
+    add("--cfg", type=float, default=1.0, help="guidance of the teacher; 1: off")
+    add("--label-dropout", type=float, default=0.1, help="share of null labels, with --cfg")
+
+
+def variant(given):
+    """What the name of the default run folder says besides method and data."""
+    steps = given.get("train_steps") or max(given.get("steps") or STEPS)
+    return f"-{steps}step" if steps > 1 else ""
+
+
+def check_method(args):
+    args.train_steps = args.train_steps or max(args.steps)
+    if not 1 <= args.train_steps <= 16:
+        raise UserError(f"--train-steps {args.train_steps}: expected 1 to 16")
+    for n in args.steps:
+        if n < 1 or args.train_steps % n:
+            able = [i for i in range(1, args.train_steps + 1) if args.train_steps % i == 0]
+            raise UserError(f"--steps {n}: a generator trained for --train-steps "
+                            f"{args.train_steps} samples in {show(able)}")
+    args.teacher_iters = 0 if args.teacher else args.teacher_iters
+    for name, low in dict(teacher_iters=0 if args.teacher else 1, teacher_batch=1, teacher_steps=0,
+                          fake_updates=1, pairs=1).items():
+        if not low <= getattr(args, name) < 2 ** 31:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
+                            "more")
+    for name in ("teacher_lr", "fake_lr", "teacher_ema", "label_dropout"):
+        if not 0 <= getattr(args, name) < 1 or args.teacher_lr == 0 or args.fake_lr == 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number "
+                            "between 0 and 1")
+    weights = [args.dm_weight, args.gan_weight, args.disc_weight, args.regression, args.cfg]
+    if not all(0 <= w < math.inf for w in weights):
+        raise UserError("--dm-weight, --gan-weight, --disc-weight, --regression, --cfg: "
+                        "expected at least 0")
+    if args.dm_weight == args.gan_weight == args.regression == 0:
+        raise UserError("--dm-weight 0 --gan-weight 0: nothing is left for the generator to learn "
+                        "from; give one of them or --regression")
+
+
+# ---- common: arguments ---------------------------------------------------------------------------
+
+KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
+# The options that may differ from call to call of one run.
+FREE = "steps samples labels features inception device compile npz out".split()
+
+
+def numbers(text):
+    return () if text == "none" else tuple(map(int, text.split(",")))
+
+
+def show(value):
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def refuse(message):                                    # argparse would print its usage, and exit
+    raise UserError(message)
+
+
+def parse_args(argv=None):
+    """What was given, over what an existing run was trained with, over the data set's preset."""
+    parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error, defaults = refuse, {}
+
+    def add(flag, default=None, help="", **kwargs):
+        name = flag[2:].replace("-", "_")
+        defaults[name] = PRESETS.get(name, (default,) * len(KINDS))
+        if name in PRESETS:
+            columns = zip(KINDS, PRESETS[name])
+            help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
+        elif default is not None and default is not False:
+            help += f" [{show(default)}]"
+        parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
+
+    add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
+    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
+        "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
+    add("--out", help=f"run folder [runs/{METHOD}-DATA]")
+    add("--iters", type=int, help="length of the training")
+    add("--batch", type=int, help="images per update")
+    add("--lr", type=float, help="peak learning rate")
+    add("--ema", type=float, help="decay of the running mean of the weights")
+    add("--seed", type=int, default=0, help="of the weights, the training and the samples")
+    add("--device", default="auto", help="cpu, cuda, mps")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 where the hardware is fast at it")
+    add("--compile", action="store_true", default=False, help="torch.compile the networks")
+    add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
+    add("--labels", help="classes to draw, a comma list of names or numbers")
+    add("--features", choices=["auto", "inception", "random"],
+        help="what to score with; auto: inception where its weights can be had")
+    add("--inception", help="path of the Inception weights")
+    add("--npz", action="store_true", default=False, help="keep the samples as samples-Nstep.npz")
+    add("--resolution", type=int, help="side of the images")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
+    add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
+    add("--mult", type=numbers, help="width of each stage, in --channels; each halves the side")
+    add("--blocks", type=numbers, help="residual blocks of each stage")
+    add("--attention", type=numbers, help="resolutions with self-attention, or none")
+    add("--dropout", type=float, help="in the residual blocks")
+    method_options(add)
+    given = vars(parser.parse_args(argv))
+
+    if given.get("data", "shapes") not in KINDS[:2]:                # imgs, imgs/ and ./imgs are one
+        path = str(pathlib.Path(given["data"]))
+        given["data"] = f"./{path}" if path in KINDS[:2] else path
+    name = pathlib.Path(given.get("data", "shapes")).resolve().name
+    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
+    stored = stored_args(folder)
+    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    args = {name: values[kind] for name, values in defaults.items()}
+    args |= {name: value for name, value in stored.items() if name not in FREE}
+    for name, value in given.items():
+        if stored and name not in FREE and args[name] != value:
+            raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
+                            f"{show(args[name])}, not {show(value)}; give another --out")
+    args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
+
+    for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
+        if not low <= getattr(args, name) < 2 ** 31:
+            raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
+    if not args.steps:
+        raise UserError("--steps: needs a number")
+    if args.samples == 1:
+        raise UserError("--samples 1: has no covariance; give 0, or at least 2")
+    for name in ("lr", "ema", "dropout"):
+        if not 0 <= getattr(args, name) < 1 or args.lr == 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a number between 0 and 1")
+    if args.channels % 16:
+        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
+    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
+        raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
+    if args.resolution % 2 ** (len(args.mult) - 1):
+        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
+                        "times, once between two stages of --mult")
+    for side in args.attention:
+        if side not in [args.resolution >> i for i in range(len(args.mult))]:
+            raise UserError(f"--attention {side}: no stage has that resolution")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun: this version trains in one process")
+    check_method(args)
+    return args
+
+
+def stored_args(folder):
+    """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
+    path = folder / "args.json"
+    try:
+        if not path.exists():
+            ours = ("progress", ".args.json")               # left by a start that got nowhere
+            if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
+                raise UserError(f"--out {folder}: is no run folder and not empty; give another")
+            return {}
+        stored = json.loads(path.read_text())["args"]
+        stored = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
+    if stored.get("method") != METHOD:
+        raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
+    return stored if (folder / "checkpoint.pt").exists() else {}
+
+
+def set_up(args):
+    """-> the device, and the autocast context that networks run in. Settles args.precision."""
+    device = fid.pick_device(args.device)
+    if args.precision == "auto":
+        has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
+        fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
+                    cuda=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)
+        args.precision = "bf16" if fast.get(device.type) else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def expand(t):
+    return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
+
+
+def warmup_cosine(opt, iters):
+    """The learning rate over a training: up for 100 steps or a tenth, then down to zero."""
+    warmup = min(100, iters // 10 + 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / iters))) / 2)
+
+
+# ---- noise levels --------------------------------------------------------------------------------
+
+def karras(n):
+    """n noise levels, ascending from 0.002 to 80 [n] (EDM Eq. 5)."""
+    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    return (low + torch.arange(n, dtype=torch.float64) / max(1, n - 1) * (high - low)) ** RHO
+
+
+def taus(steps):
+    """The levels at which a generator of so many steps is called: 80, then evenly down the table
+    (official code: 999, 749, 499, 249 of 1000 for four)."""
+    return [float(karras(LEVELS)[LEVELS - 1 - k * LEVELS // steps]) for k in range(steps)]
+
+
+# ---- the networks --------------------------------------------------------------------------------
+
+class EDM(nn.Module):
+    """D(x, sigma, y) = c_skip x + c_out F(c_in x, c_noise, y): the image expected behind
+    x = x0 + sigma eps (EDM Eq. 7). `encode` and `decode` are its two halves."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def encode(self, x, sigma, y):
+        c_in = (sigma ** 2 + SIGMA_DATA ** 2).rsqrt()
+        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)
+
+    def decode(self, features, x, sigma, y):
+        variance = sigma ** 2 + SIGMA_DATA ** 2
+        c_skip, c_out = SIGMA_DATA ** 2 / variance, sigma * SIGMA_DATA * variance.rsqrt()
+        return (expand(c_skip) * x
+                + expand(c_out) * self.net.decode(features, sigma.log() / 4, y=y))
+
+    def forward(self, x, sigma, y):
+        return self.decode(self.encode(x, sigma, y), x, sigma, y)
+
+
+class Discriminator(nn.Sequential):
+    """A logit per image, from the deepest features of the fake score's encoder [B, C, S, S]."""
+
+    def __init__(self, channels, side):
+        groups = max(1, channels // 16)
+        super().__init__(
+            nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels),
+            nn.SiLU(), nn.Conv2d(channels, channels, side // 2), nn.GroupNorm(groups, channels),
+            nn.SiLU(), nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features):
+        return super().forward(features[-1]).float().flatten()                          # [B]
+
+
+def guided(D, x, sigma, y, cfg_scale=1.0, null_class=0):
+    """The teacher with classifier-free guidance; 1: off."""
+    x0 = D(x, sigma, y)
+    if cfg_scale == 1:
+        return x0
+    x0_null = D(x, sigma, torch.full_like(y, null_class))
+    return x0_null + cfg_scale * (x0 - x0_null)
+
+
+# ---- losses --------------------------------------------------------------------------------------
+# Networks are callables (x, sigma, y) -> images; x0, real, eps [B, 3, R, R]; sigma, y [B].
+
+def weighted_error(denoised, x0, sigma):
+    """EDM's weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 is the fake score's in DMD2."""
+    return (expand(sigma ** -2 + SIGMA_DATA ** -2) * (denoised - x0) ** 2).mean()
+
+
+def teacher_loss(D, x0, sigma, eps, y):
+    """EDM Eq. 2 and 8, over sigma drawn as exp(P_mean + P_std n)."""
+    return weighted_error(D(x0 + expand(sigma) * eps, sigma, y), x0, sigma)
+
+
+def score_difference(x0, x0_real, x0_fake):
+    """The gradient of Eq. 2 at an image, from what the two denoisers make of its noised self.
+
+    With s = (D - x_t) / sigma^2 (Eq. 1), s_fake - s_real is this up to a factor, which DMD's
+    normaliser (2311.18828, Eq. 8) takes out: what is left is of order one at every sigma.
+    """
+    scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    return (x0_fake - x0_real) / scale
+
+
+def generator_losses(real_score, fake_score, disc, x0, sigma, eps, y):
+    """-> the loss whose gradient at the generator's images x0 is Eq. 2, and the GAN's (Eq. 4).
+
+    Both denoisers see the same x_t, without gradient; the logit reuses the fake score's encoder.
+    """
+    x_t = x0 + expand(sigma) * eps
+    features = fake_score.encode(x_t, sigma, y)
+    with torch.no_grad():
+        x0_real, x0_fake = real_score(x_t, sigma, y), fake_score.decode(features, x_t, sigma, y)
+        target = x0 - score_difference(x0, x0_real, x0_fake)
+    loss_dm = 0.5 * (x0 - target).square().mean()           # its gradient: the difference / size
+    loss_gan = F.softplus(-disc(features)).mean()
+    return loss_dm, loss_gan
+
+
+def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
+    """-> the fake score's denoising loss on images x0 of the generator, and its discriminator's.
+
+    sigma, eps, y [2B]: for the fake, then for the real images. The encoder sees both at once; its
+    features of the fake ones go on to be denoised and judged.
+    """
+    n = len(x0)
+    x_t = torch.cat([x0, real]) + expand(sigma) * eps
+    features = fake_score.encode(x_t, sigma, y)
+    denoised = fake_score.decode([f[:n] for f in features], x_t[:n], sigma[:n], y[:n])
+    logits = disc(features)
+    loss_disc = F.softplus(logits[:n]).mean() + F.softplus(-logits[n:]).mean()
+    return weighted_error(denoised, x0, sigma[:n]), loss_disc
+
+
+# ---- samplers ------------------------------------------------------------------------------------
+
+def step_input(G, noise, y, taus, k):
+    """What the generator's call number k (from 0) sees: its own image of call k - 1, noised afresh.
+
+    noise: callable -> fresh unit noise [B, 3, R, R]. In training this is backward simulation
+    (section 4.5); the sampler is the same lines.
+    """
+    x = taus[0] * noise()
+    for i in range(k):
+        x = G(x, torch.full(y.shape, taus[i], device=x.device), y) + taus[i + 1] * noise()
+    return x
+
+
+@torch.no_grad()
+def sample(G, noise, y, taus):
+    """Images of labels y [B], in len(taus) calls of the generator."""
+    x = step_input(G, noise, y, taus, len(taus) - 1)
+    return G(x, torch.full(y.shape, taus[-1], device=x.device), y)
+
+
+@torch.no_grad()
+def heun(D, z, y, steps):
+    """The teacher's sampler: EDM Algorithm 1 from unit noise z [B, 3, R, R], 2 steps - 1 calls."""
+    sigmas = [*karras(steps).tolist()[::-1], 0.0]
+    x, level = sigmas[0] * z, lambda sigma: torch.full(y.shape, sigma, device=z.device)
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+        slope = (x - D(x, level(sigma), y)) / sigma
+        x_next = x + (sigma_next - sigma) * slope
+        if sigma_next:
+            slope_next = (x_next - D(x_next, level(sigma_next), y)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+# ---- common: the run folder ----------------------------------------------------------------------
+
+class Run:
+    """A run folder: arguments, log, checkpoint and pictures, and the signals that end a run.
+
+    modules: by name, all that a resumed training must find as it was. There is no random state to
+    keep: each step seeds the generators by (seed, step).
+    """
+
+    def __init__(self, args, device, images, modules):
+        self.args, self.device, self.modules = args, device, modules
+        self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
+        self.data = [len(images.labels), *images.classes]   # another data set is another run
+        self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
+        self.checkpoint = self.folder / "checkpoint.pt"
+        try:
+            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+        if self.checkpoint.exists():
+            self.load()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        """Training ends after its step, anything else now; a second signal ends that as well."""
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+        if not self.training:
+            kept = "; the training is kept, the same command uses it" * (self.step > 0)
+            print(f"\nstopped{kept}")
+            sys.exit(128 + number)
+
+    def write(self, name, write):
+        """Write a file by write(path), under a temporary name: whole or not at all."""
+        path = self.folder / name
+        temporary = path.with_name(f".{path.name}")     # keeps the ending, which says the format
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
+                            "what was there is kept") from None
+
+    def save(self):
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= dict(method=METHOD, step=self.step, data=self.data)
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+
+    def load(self):
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if state["method"] != METHOD:
+                raise UserError(f"is of {state['method']}.py")
+            if state["data"] != self.data:
+                raise UserError(f"is of other data: {state['data'][0]} images, now {self.data[0]}, "
+                                f"{len(state['data']) - 1} classes, now {len(self.data) - 1}, "
+                                "or other names of classes")
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            self.step = state["step"]
+        except Exception as error:                          # torch raises all sorts on a bad file
+            why = error if isinstance(error, UserError) else f"does not load: {error!r}"
+            raise UserError(f"{self.checkpoint}: {' '.join(str(why).split())[:200]}; "
+                            "give another --out, or move it away to train anew") from None
+
+    def begin(self, what, end):
+        """Before the first step of a process: record it, and cut the log back to the checkpoint."""
+        try:
+            git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                                 text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
+        except OSError:                                     # no git on this machine
+            git = ""
+        cuda = self.device.type == "cuda"
+        hardware = torch.cuda.get_device_name(self.device) if cuda else \
+            f"{platform.machine()} {self.device}, {torch.get_num_threads()} threads"
+        about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
+                     python=platform.python_version(), torch=torch.__version__)
+        self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+        self.rows = [row for row in self.read_csv("log.csv") if int(row["step"]) <= self.step]
+        print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
+              f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
+
+    def steps(self, end, what, images):
+        """Yield the steps up to `end`; after each keep what is due, and stop if a signal came.
+
+        One counter runs through all phases of a training. images: how many a step takes.
+        """
+        if self.step >= end:
+            return
+        self.begin(what, end)
+        self.images = images
+        self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
+        with tqdm(total=end, initial=self.step, desc=what, unit="it", disable=None) as self.bar:
+            while self.step < end:
+                torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                stop, last = self.signal, self.step == end
+                due = stop or last or time.monotonic() - saved > 60
+                if due or self.step % 50 == 0:
+                    self.log()                              # first: it refuses what is not finite
+                if due:
+                    self.save()
+                    saved = time.monotonic()
+                if stop:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}; the same command goes on from there")
+                    sys.exit(128 + stop)
+        self.training = False
+        if self.signal:                                     # it came with the last checkpoint
+            sys.exit(128 + self.signal)
+
+    def add(self, **scalars):
+        """Sum a step's scalars, on the device, for the next row of the log."""
+        for name, value in scalars.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value, count + 1
+
+    def log(self):
+        """One row of log.csv, means since the last; ends the run if one is not finite."""
+        (then, step), now = self.since, time.monotonic()
+        row = {name: float(total / count) for name, (total, count) in self.sums.items()}
+        row["img_per_s"] = (self.step - step) * self.images / (now - then)
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
+                                "kept. Train anew into another --out, with a lower --lr")
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
+        self.rows.append(dict(step=self.step) | self.counts
+                         | {n: f"{value:.6g}" for n, value in row.items()})
+        self.sums, self.since = {}, (now, self.step)
+        self.write_csv("log.csv", self.rows)
+
+    def read_csv(self, name):
+        path = self.folder / name
+        try:
+            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            if all(row["step"].isdecimal() for row in rows):
+                return rows
+        except (OSError, ValueError, LookupError, AttributeError, csv.Error):
+            pass
+        raise UserError(f"{path}: cannot be read as a table of steps; move it away")
+
+    def write_csv(self, name, rows):
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
+                writer.writeheader()
+                writer.writerows(rows)
+        self.write(name, write)
+
+
+# ---- common: pictures and scores -----------------------------------------------------------------
+
+def noise_of(samples, args, device="cpu"):
+    """-> noise(), which at each call gives these samples (a range) fresh noise [n, 3, R, R].
+
+    Each sample has a seed of its own: none depends on the batch or the device it is drawn on.
+    """
+    rngs = [torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000_000 + i) for i in samples]
+    shape = 3, args.resolution, args.resolution
+    return lambda: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+
+
+def classes_to_draw(args, images):
+    """The classes that samples run through in turn [C] int64;
+    the null class where there are none."""
+    if not args.labels:
+        return torch.arange(max(1, len(images.classes)))
+    picked = []
+    for name in map(str.strip, args.labels.split(",")):
+        if name in images.classes:
+            picked.append(images.classes.index(name))
+        elif name.isdecimal() and int(name) < len(images.classes):
+            picked.append(int(name))
+        else:
+            known = ", ".join(images.classes[:12]) or "none"
+            raise UserError(f"--labels {name}: {images.name} has the classes {known}"
+                            + ", ..." * (len(images.classes) > 12))
+    return torch.tensor(picked)
+
+
+def save_grid(run, name, pixels, columns=10):
+    """A picture of uint8 images [N, 3, R, R], row by row, enlarged where they are small."""
+    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2, pad_value=40)
+    scale = max(1, 64 // run.args.resolution)
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)
+
+
+class Scorer:
+    """The feature network and the reference statistics: asked for before the training, so that
+    what cannot work is said at once; computed when first needed."""
+
+    def __init__(self, args, device, images):
+        self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
+        self.classes, self.reference = classes_to_draw(args, images), None
+        self.wanted = torch.isin(images.labels, self.classes)
+        if args.samples and self.wanted.sum() < 2:
+            raise UserError(f"{self.name}: too few images to score against; give --samples 0")
+        self.net = (fid.load_features(args.features, device, args.inception)
+                    if args.samples else None)
+
+    def __call__(self, pixels):
+        """The distance of samples [N, 3, R, R] uint8 to the data."""
+        if self.reference is None:
+            self.reference = fid.reference(self.net, self.images.pixels[self.wanted])
+        return fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
+
+
+def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
+    """Sample at each number of steps, save the pictures, score, and print a protocol line each.
+
+    generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
+    """
+    args, classes = run.args, scorer.classes
+    for n in steps:
+        count = max(args.samples, 80)                       # the picture takes 80
+        labels = torch.cat([classes.repeat(10)[:10].repeat(8),
+                            classes.repeat(count // len(classes) + 1)])[:count]
+        pixels, spent = [], 0.0
+        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
+            for i in range(0, count, 256):
+                y, start = labels[i:i + 256].to(run.device), time.perf_counter()
+                noise = noise_of(range(i, i + len(y)), args, run.device)
+                pixels.append(to_uint8(generate(noise, y, n)).cpu())        # .cpu() waits
+                spent += time.perf_counter() - start
+                bar.update(len(y))
+        pixels = torch.cat(pixels)
+        save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
+        if args.npz:
+            images = pixels.permute(0, 2, 3, 1).numpy()
+            run.write(f"{prefix}-{n}step.npz",
+                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
+        if not args.samples:
+            continue
+        value, speed = scorer(pixels[:args.samples]), count / spent
+        print(fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
+                           scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
+              flush=True)
+        row = dict(step=run.step, metric=scorer.net.label, value=value, samples=args.samples,
+                   reference=scorer.reference.n, data=scorer.name, nfe=nfe(n), who=who,
+                   img_per_s=speed)
+        run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
+    print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def load_teacher(folder, teacher_ema, run):
+    """The teacher of another run's folder."""
+    stored = stored_args(pathlib.Path(folder))
+    if not stored:
+        raise UserError(f"--teacher {folder}: holds no run of {METHOD}.py")
+    try:
+        path = pathlib.Path(folder) / "checkpoint.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["step"] < stored["teacher_iters"]:
+            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
+        if state["data"] != run.data:
+            raise UserError("is of other data")
+        teacher_ema.load_state_dict(state["teacher_ema"])
+    except Exception as error:                              # torch raises all sorts on a bad file
+        why = error if isinstance(error, UserError) else f"does not fit this network: {error!r}"
+        raise UserError(f"--teacher {folder}: {' '.join(str(why).split())[:200]}") from None
+
+
+def teacher_pairs(run, generate, classes):
+    """Noise and labels, and what the teacher's deterministic sampler makes of them: DMD's pairs."""
+    n, path = run.args.pairs, run.folder / "pairs.npz"
+    y = classes.repeat(n // len(classes) + 1)[:n].to(run.device)
+    parts = range(10 ** 8, 10 ** 8 + n)                     # noise that no sample is scored with
+    z = noise_of(parts, run.args)()
+    if not path.exists():
+        x0 = [generate(lambda: z[i:i + 256].to(run.device), y[i:i + 256], 18).cpu()
+              for i in tqdm(range(0, n, 256), "pairs", disable=None)]
+        run.write("pairs.npz", lambda path: np.savez(path, images=to_uint8(torch.cat(x0)).numpy()))
+    with np.load(path, allow_pickle=False) as file:
+        return z.to(run.device), y, from_uint8(torch.from_numpy(file["images"])).to(run.device)
+
+
+def draw(run, generator, real_score, fake_score, classes, name):
+    """A picture of the training so far, of fixed noise: the generator's images, and what the
+    teacher and the fake score make of them once noised."""
+    y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
+    x0 = sample(generator, noise, y, taus(run.args.train_steps))
+    sigma = torch.full((10,), 2.0, device=run.device)
+    x_t = x0 + expand(sigma) * noise()
+    with torch.no_grad():
+        rows = [x0, real_score(x_t, sigma, y), fake_score(x_t, sigma, y)]
+    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, autocast = set_up(args)
+    images = fid.load_images(args.data, args.resolution)
+    scorer, null_class = Scorer(args, device, images), len(images.classes)
+    if args.cfg != 1 and not images.classes:
+        raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
+    pixels, labels = images.pixels.to(device), images.labels.to(device)
+
+    torch.manual_seed(args.seed)
+    teacher, generator, fake_score = (
+        EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, null_class,
+                 dropout=args.dropout)).to(device, memory_format=torch.channels_last)
+        for _ in range(3))
+    disc = Discriminator(args.channels * args.mult[-1], args.resolution >> len(args.mult) - 1)
+    disc.to(device, memory_format=torch.channels_last)
+    teacher_ema = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(args.teacher_ema))
+    generator_ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    for net in (teacher_ema, generator, generator_ema, fake_score):     # from here on: no dropout
+        net.eval()
+    teacher_ema.requires_grad_(False)
+    adam = lambda params, lr: torch.optim.AdamW(params, lr, (0.9, 0.99), weight_decay=0.01,
+                                                fused=True)
+    opt_teacher = adam(teacher.parameters(), args.teacher_lr)
+    opt_generator = adam(generator.parameters(), args.lr)
+    opt_fake = adam([*fake_score.parameters(), *disc.parameters()], args.fake_lr)
+    schedule_teacher = warmup_cosine(opt_teacher, max(1, args.teacher_iters))
+    schedule_generator = warmup_cosine(opt_generator, args.iters)
+    schedule_fake = warmup_cosine(opt_fake, args.iters)
+    run = Run(args, device, images, dict(
+        teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
+        schedule_teacher=schedule_teacher, generator=generator, generator_ema=generator_ema,
+        opt_generator=opt_generator, schedule_generator=schedule_generator, fake_score=fake_score,
+        disc=disc, opt_fake=opt_fake, schedule_fake=schedule_fake))
+    if args.teacher and not run.step:
+        load_teacher(args.teacher, teacher_ema, run)
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        for net in (teacher, teacher_ema.module, generator, generator_ema.module, fake_score):
+            net.net.encode, net.net.decode = map(torch.compile, (net.net.encode, net.net.decode))
+
+    def real_score(x, sigma, y):
+        return guided(teacher_ema, x, sigma, y, args.cfg, null_class)
+
+    def teach(noise, y, steps):
+        with autocast:
+            return heun(real_score, noise(), y, steps)
+
+    def batch(n):
+        i = torch.randint(len(pixels), (n,), device=device)
+        x0 = from_uint8(pixels[i])
+        if args.flip:
+            x0 = torch.where(expand(torch.rand(n, device=device) < 0.5), x0.flip(3), x0)
+        return x0, labels[i]
+
+    # Phase 1: the teacher.
+    for step in run.steps(args.teacher_iters, "teacher", args.teacher_batch):
+        x0, y = batch(args.teacher_batch)
+        if args.cfg != 1:
+            drop = torch.rand(len(y), device=device) < args.label_dropout
+            y = torch.where(drop, null_class, y)
+        sigma = (P_MEAN + P_STD * torch.randn(len(y), device=device)).exp()
+        with autocast:
+            loss = teacher_loss(teacher, x0, sigma, torch.randn_like(x0), y)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        opt_teacher.step()
+        schedule_teacher.step()
+        opt_teacher.zero_grad()
+        teacher_ema.update_parameters(teacher)
+        run.add(loss_teacher=loss.detach(), grad_norm=grad_norm)
+        if (step + 1) % max(1, args.teacher_iters // 5) == 0:
+            y = scorer.classes.repeat(10)[:10].to(device)
+            x0 = teach(noise_of(range(10), args, device), y, args.teacher_steps or 18)
+            save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
+    if run.step == args.teacher_iters:                      # generator and fake score begin as it
+        for net in (generator, generator_ema.module, fake_score):
+            net.load_state_dict(teacher_ema.module.state_dict())
+
+    # Phase 2: the distillation. A step is one update of the generator and --fake-updates of the
+    # fake score.
+    levels, calls = karras(LEVELS).float().to(device), taus(args.train_steps)
+    lowest, highest = int(0.02 * LEVELS), int(0.98 * LEVELS)
+    pairs = teacher_pairs(run, teach, scorer.classes) if args.regression else None
+    end = args.teacher_iters + args.iters
+    for step in run.steps(end, "distillation", args.batch * args.fake_updates):
+        for i in range(args.fake_updates):
+            real, y = batch(args.batch)
+            noise = lambda: torch.randn_like(real)
+            k = int(torch.randint(args.train_steps, ()))    # one call for the whole batch
+            with torch.no_grad(), autocast:
+                x = (step_input(generator, noise, y, calls, k)
+                     if args.backward_simulation or k == 0 else real + calls[k] * noise())
+            tau = torch.full(y.shape, calls[k], device=device)
+            with torch.set_grad_enabled(i == 0), autocast:
+                x0 = generator(x, tau, y)
+            if i == 0:                                      # the generator's update
+                leaf = x0.detach().requires_grad_()
+                sigma = levels[torch.randint(lowest, highest + 1, (len(y),), device=device)]
+                with autocast:
+                    loss_dm, loss_gan = generator_losses(real_score, fake_score, disc, leaf, sigma,
+                                                         noise(), y)
+                # Both at the image, to be weighed and watched there, then one pass through G.
+                grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
+                grad_gan = args.gan_weight * torch.autograd.grad(loss_gan, leaf)[0]
+                x0.backward(grad_dm + grad_gan)
+                x0 = x0.detach()
+                if pairs:
+                    j = torch.randint(len(pairs[0]), (args.batch,), device=device)
+                    z, y_z, x0_z = (t[j] for t in pairs)
+                    with autocast:
+                        error = generator(calls[0] * z, torch.full_like(tau, calls[0]), y_z) - x0_z
+                    loss = error.square().mean()            # DMD Eq. 9
+                    (args.regression * loss).backward()
+                    run.add(loss_regression=loss.detach())
+                norm = nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+                opt_generator.step()
+                schedule_generator.step()
+                opt_generator.zero_grad()
+                generator_ema.update_parameters(generator)
+                run.add(loss_dm=loss_dm.detach(), loss_gan_g=loss_gan.detach(), grad_norm=norm,
+                        grad_dm=grad_dm.norm(), grad_gan=grad_gan.norm(), mean=x0.mean(),
+                        std=x0.std())
+
+            sigma = levels[torch.randint(LEVELS, (2 * len(y),), device=device)]
+            eps = torch.randn_like(torch.cat([x0, real]))
+            with autocast:
+                if args.gan_weight:
+                    loss_fake, loss_disc = fake_score_losses(fake_score, disc, x0, real, sigma, eps,
+                                                             y.repeat(2))
+                    run.add(loss_gan_d=loss_disc.detach())
+                else:
+                    loss_fake = teacher_loss(fake_score, x0, *(a[:len(y)] for a in (sigma, eps)), y)
+                    loss_disc = 0
+            (loss_fake + args.disc_weight * loss_disc).backward()
+            nn.utils.clip_grad_norm_([*fake_score.parameters(), *disc.parameters()], 1.0)
+            opt_fake.step()
+            opt_fake.zero_grad()
+            run.add(loss_fake=loss_fake.detach())
+        schedule_fake.step()
+        done = step + 1 - args.teacher_iters
+        run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
+        if done % max(1, args.iters // 10) == 0:
+            with autocast:
+                draw(run, generator_ema, real_score, fake_score, scorer.classes,
+                     f"progress/{step + 1:07d}.png")
+
+    def generate(G):
+        def images(noise, y, steps):
+            with autocast:
+                return sample(G, noise, y, taus(steps))
+        return images
+    if args.teacher_steps:
+        evaluate(run, scorer, teach, [args.teacher_steps], "teacher ema", "teacher",
+                 lambda n: (2 * n - 1) * (1 if args.cfg == 1 else 2))
+    evaluate(run, scorer, generate(generator), args.steps, "generator", "raw")
+    evaluate(run, scorer, generate(generator_ema), args.steps, "generator ema")
+
+
+# ---- common: errors ------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"{METHOD}.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"{METHOD}.py: out of memory; give a smaller --batch or --channels, another --out",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:                               # before there is anything to keep
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,323 @@
+"""dmd2.py proved: the official code's recorded numbers (DMD2, EDM), exact denoisers of Gaussians,
+and the loop's own counts."""
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from pytest import approx
+from torch.testing import assert_close
+
+import dmd2
+import fid
+from dmd2 import (EDM, Discriminator, fake_score_losses, generator_losses, guided, heun, karras,
+                  sample, score_difference, step_input, taus, teacher_loss, weighted_error)
+from nets import UNet
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+DMD2, EDMS = ({k: torch.from_numpy(v) if v.ndim else float(v)
+               for k, v in np.load(FOLDER / f"{name}_official.npz").items()}
+              for name in ("dmd2", "edm"))
+column = lambda v: v.view(-1, 1, 1, 1)
+
+
+class Gaussian:
+    """The exact denoiser of N(mean + 0.1 y, s^2), and golden/README.md's stub encoder."""
+    def __init__(self, mean, s):
+        self.mean, self.s = mean, s
+
+    def __call__(self, x, sigma, y):
+        m, s2, sigma2 = column(self.mean + 0.1 * y), self.s ** 2, column(sigma) ** 2
+        return (s2 * x + sigma2 * m) / (s2 + sigma2)
+
+    def encode(self, x, sigma, y):
+        return [x / (1 + column(sigma))]
+
+    def decode(self, features, x, sigma, y):
+        return self(x, sigma, y)
+
+
+REAL, FAKE = Gaussian(.2, .5), Gaussian(-.1, .4)
+head = lambda features: 3 * features[-1].mean((1, 2, 3)) + 0.2
+
+
+# ---- the official numbers ------------------------------------------------------------------------
+
+def test_noise_levels_are_the_official_table():
+    assert_close(karras(1000).float(), DMD2["karras_sigmas"], rtol=1e-5, atol=0)
+    assert taus(4) == [float(karras(1000)[i]) for i in (999, 749, 499, 249)]
+    assert taus(1) == [approx(80)] and taus(2) == taus(4)[::2] and len(taus(3)) == 3
+
+
+def test_distribution_matching_is_the_official():
+    x, y = DMD2["dm_x"].requires_grad_(), DMD2["dm_labels"]
+    sigma = DMD2["karras_sigmas"][DMD2["dm_index"]]
+    loss, _ = generator_losses(REAL, FAKE, head, x, sigma, DMD2["dm_noise"], y)
+    grad, = torch.autograd.grad(loss, x)
+    assert loss.item() == approx(DMD2["dm_loss"], rel=1e-5)
+    assert_close(grad, DMD2["dm_grad_x"], rtol=1e-4, atol=1e-9)
+    x_t = x.detach() + column(sigma) * DMD2["dm_noise"]
+    difference = score_difference(x.detach(), REAL(x_t, sigma, y), FAKE(x_t, sigma, y))
+    assert_close(difference, DMD2["dm_grad_pre"], rtol=1e-4, atol=1e-6)
+    assert_close(grad, difference / x.numel(), rtol=1e-4, atol=1e-9)
+
+
+def test_the_generators_gan_loss_is_the_official():
+    x, sigma = DMD2["dm_x"].requires_grad_(), DMD2["karras_sigmas"][DMD2["gan_g_index"]]
+    _, loss = generator_losses(REAL, FAKE, head, x, sigma, DMD2["gan_g_noise"], DMD2["dm_labels"])
+    grad, = torch.autograd.grad(loss, x)
+    assert loss.item() == approx(DMD2["gan_g_loss"], rel=1e-5)
+    assert_close(grad, DMD2["gan_g_grad_x"], rtol=1e-5, atol=1e-9)
+
+
+def test_the_fake_scores_losses_are_the_official():
+    """Theirs draw noise for the denoising loss and for the logit apart: a call of ours for each."""
+    level = lambda name: DMD2["karras_sigmas"][DMD2[f"{name}_index"]]
+    real, y = DMD2["gan_d_real"], torch.cat([DMD2["dm_labels"], DMD2["gan_d_real_labels"]])
+    def ours(fake):
+        return fake_score_losses(FAKE, head, DMD2["dm_x"].detach(), real,
+                                 torch.cat([level(fake), level("gan_d_real")]),
+                                 torch.cat([DMD2[f"{fake}_noise"], DMD2["gan_d_real_noise"]]), y)
+    assert ours("fake")[0].item() == approx(DMD2["fake_loss"], rel=1e-5)
+    assert ours("gan_d_fake")[1].item() == approx(DMD2["gan_d_loss"], rel=1e-5)
+
+
+class Tanh(torch.nn.Module):
+    """The stub network of edm_official.npz."""
+    def encode(self, x, t, y=None):
+        return [x]
+
+    def decode(self, features, t, y=None):
+        return torch.tanh(.7 * features[0] + .3 * column(t))
+
+
+def test_preconditioning_and_the_teachers_loss_are_edms():
+    D, y = EDM(Tanh()), torch.zeros(5, dtype=torch.long)
+    assert_close(D(EDMS["precond_x"], EDMS["precond_sigma"], y), EDMS["precond_D"], rtol=1e-4,
+                 atol=1e-6)
+    sigma = (dmd2.P_MEAN + dmd2.P_STD * EDMS["loss_rnd_normal"].flatten()).exp()
+    for i in range(5):
+        loss = teacher_loss(D, EDMS["loss_y"][i:i + 1], sigma[i:i + 1],
+                            EDMS["loss_noise_unit"][i:i + 1], y[:1])
+        assert loss.item() == approx(EDMS["loss_per_element"][i].mean().item(), rel=1e-5)
+
+
+def test_the_teachers_sampler_is_edms():
+    z, y = EDMS["heun_latents"].double(), torch.zeros(4, dtype=torch.long)
+    gaussian = lambda x, sigma, y: (.25 * x + .2 * column(sigma) ** 2) / (.25 + column(sigma) ** 2)
+    counted = lambda x, sigma, y: calls.append(1) or gaussian(x, sigma.double(), y)
+    for steps in 5, 18:
+        calls = []
+        assert_close(heun(counted, z, y, steps), EDMS[f"heun_{steps}"], rtol=1e-6, atol=1e-8)
+        assert len(calls) == 2 * steps - 1
+    stub = EDM(Tanh())
+    assert_close(heun(lambda x, sigma, y: stub(x, sigma.double(), y), z, y, 18),
+                 EDMS["heun_stub_18"], rtol=1e-6, atol=1e-8)
+
+
+# ---- closed forms --------------------------------------------------------------------------------
+
+def test_the_weight_of_the_denoising_loss_is_edms():
+    sigma, error = torch.tensor([.002, .3, 4, 80]), torch.tensor([1., 2, 3, 4])
+    x = torch.zeros(4, 3, 2, 2)
+    for s, e in zip(sigma, error):
+        by_hand = (s ** 2 + .25) / (s * .5) ** 2 * e ** 2
+        assert weighted_error(x[:1] + e, x[:1], s[None]).item() == approx(by_hand.item(), rel=1e-5)
+
+
+def test_the_denoising_loss_is_least_at_the_exact_denoiser():
+    """Of all D = a x + b on N(m, s^2): a = s^2 / (s^2 + sigma^2), b = (1 - a) m."""
+    torch.manual_seed(0)
+    m, s, n = .3, .4, 200_000
+    x0, eps = m + s * torch.randn(n, 1, 1, 1), torch.randn(n, 1, 1, 1)
+    for sigma in .2, 1.5:
+        a, b = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+        levels, y = torch.full((n,), sigma), torch.zeros(n, dtype=torch.long)
+        loss = teacher_loss(lambda x, sigma, y: a * x + b, x0, levels, eps, y)
+        ga, gb = torch.autograd.grad(loss, (a, b), create_graph=True)           # a quadratic form:
+        rows = [torch.stack(torch.autograd.grad(g, (a, b), retain_graph=True)) for g in (ga, gb)]
+        least = torch.linalg.solve(torch.stack(rows), -torch.stack([ga, gb]).detach())
+        exact = s ** 2 / (s ** 2 + sigma ** 2)
+        assert_close(least, torch.tensor([exact, (1 - exact) * m]), atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [.1, .7, 5.])
+def test_the_gradient_is_that_of_the_kl_divergence_of_gaussians(sigma):
+    """For x = m + s z: dKL/dm = (m - m_r) / (s_r^2 + sigma^2),
+    dKL/ds = s / (s_r^2 + sigma^2) - s / (s^2 + sigma^2), of the noised distributions."""
+    torch.manual_seed(0)
+    n, (m, s), (m_r, s_r) = 400_000, (FAKE.mean, FAKE.s), (REAL.mean, REAL.s)
+    z, y = torch.randn(n, 1, 1, 1, dtype=torch.float64), torch.zeros(n, dtype=torch.long)
+    x0, level = m + s * z, torch.full((n,), sigma, dtype=torch.float64)
+    x_t = x0 + sigma * torch.randn_like(x0)
+    x0_real, x0_fake = REAL(x_t, level, y), FAKE(x_t, level, y)
+    scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True)
+    unscaled = score_difference(x0, x0_real, x0_fake) * scale / sigma ** 2
+    by_hand = ((m - m_r) / (s_r ** 2 + sigma ** 2),
+               s / (s_r ** 2 + sigma ** 2) - s / (s ** 2 + sigma ** 2))
+    for ours, exact in zip((unscaled, unscaled * z), by_hand):
+        assert ours.mean().item() == approx(exact, abs=4 * ours.std().item() / n ** .5)
+
+
+def test_equal_scores_leave_the_generator_alone_and_the_normaliser_has_no_zero():
+    x, y = torch.randn(4, 3, 8, 8, requires_grad=True), torch.arange(4)
+    loss, _ = generator_losses(REAL, REAL, head, x, torch.ones(4), torch.randn(4, 3, 8, 8), y)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, x)[0].any()
+    assert score_difference(x, x, x + 1).isfinite().all()
+
+
+def test_the_gan_at_its_optimum():
+    """Where images are alike the best logit is 0: log 4 for the discriminator, log 2 for G."""
+    x, sigma, y = torch.randn(6, 3, 8, 8), torch.ones(12), torch.zeros(12, dtype=torch.long)
+    eps = torch.randn(12, 3, 8, 8)
+    zero = lambda features: 0 * features[-1].mean((1, 2, 3))
+    assert fake_score_losses(FAKE, zero, x, x, sigma, eps, y)[1].item() == approx(math.log(4))
+    assert generator_losses(REAL, FAKE, zero, x, sigma[:6], eps[:6], y[:6])[1].item() == approx(
+        math.log(2))
+    # Certain and right: nothing to learn for it, much for the generator; and the other way round.
+    sure = lambda features: torch.cat([torch.full((6,), -9.), torch.full((6,), 9.)])
+    assert fake_score_losses(FAKE, sure, x, x, sigma, eps, y)[1].item() < 1e-3
+    assert generator_losses(REAL, FAKE, lambda f: sure(f)[:6], x, sigma[:6], eps[:6],
+                            y[:6])[1].item() == approx(9, abs=1e-3)
+
+
+def test_guidance_extrapolates_from_the_null_label():
+    x, sigma, y = torch.randn(3, 3, 4, 4), torch.ones(3), torch.tensor([1, 2, 3])
+    null = REAL(x, sigma, torch.full((3,), 10))
+    assert_close(guided(REAL, x, sigma, y, 2.5, 10), null + 2.5 * (REAL(x, sigma, y) - null))
+    assert torch.equal(guided(lambda x, sigma, y: x if len(set(y.tolist())) == 3 else None,
+                              x, sigma, y), x)              # off: one call
+
+
+# ---- real networks -------------------------------------------------------------------------------
+
+def awake(seed=0):
+    torch.manual_seed(seed)
+    D = EDM(UNet(16, 16, (1, 2), (1, 1), num_classes=10)).eval()
+    torch.nn.init.normal_(D.net.conv_out.weight, std=.1)
+    return D
+
+
+def inputs(n=4):
+    torch.manual_seed(1)
+    images = torch.randn(2 * n, 3, 16, 16) / 2
+    return (images[:n], images[n:], torch.rand(2 * n) * 3 + .1, torch.randn(2 * n, 3, 16, 16),
+            torch.arange(2 * n) % 10)
+
+
+def test_the_shared_pass_is_the_two_separate_ones():
+    D, disc, (x0, real, sigma, eps, y) = awake(), Discriminator(32, 8), inputs()
+    loss_fake, loss_disc = fake_score_losses(D, disc, x0, real, sigma, eps, y)
+    x_t = x0 + column(sigma[:4]) * eps[:4]
+    x_t_real = real + column(sigma[4:]) * eps[4:]
+    by_hand = (column(sigma[:4] ** -2 + 4) * (D(x_t, sigma[:4], y[:4]) - x0) ** 2).mean()
+    fakes, reals = (disc(D.encode(x, s, c)) for x, s, c in ((x_t, sigma[:4], y[:4]),
+                                                            (x_t_real, sigma[4:], y[4:])))
+    assert_close(loss_fake, by_hand, rtol=1e-5, atol=0)
+    assert_close(loss_disc, (1 + fakes.exp()).log().mean() + (1 + (-reals).exp()).log().mean())
+
+
+def test_gradients_reach_what_they_should_and_nothing_else():
+    teacher, fake, disc, (x0, _, sigma, eps, y) = awake(0), awake(1), Discriminator(32, 8), inputs()
+    x0.requires_grad_()
+    loss_dm, loss_gan = generator_losses(teacher, fake, disc, x0, sigma[:4], eps[:4], y[:4])
+    params = [*teacher.parameters(), *fake.parameters(), *disc.parameters()]
+    assert set(torch.autograd.grad(loss_dm, params, retain_graph=True, allow_unused=True)) == {None}
+    grads = torch.autograd.grad(loss_gan, [*teacher.parameters(), x0], allow_unused=True)
+    assert set(grads[:-1]) == {None} and grads[-1].abs().amax((1, 2, 3)).min() > 0
+    x_t = x0.detach() + column(sigma[:4]) * eps[:4]
+    with torch.no_grad():
+        real_fake = [D(x_t, sigma[:4], y[:4]) for D in (teacher, fake)]
+    difference = score_difference(x0.detach(), *real_fake)
+    assert_close(torch.autograd.grad(loss_dm, x0)[0], difference / x0.numel(), rtol=1e-4, atol=1e-9)
+
+
+def test_backward_simulation_sees_what_the_sampler_sees():
+    """With the same noise, call k of the sampler has for its input what training gives call k."""
+    G, y, levels = awake(), torch.arange(3), taus(4)
+    draws = torch.randn(4, 3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    seen = []
+    def recorded(x, sigma, y):
+        seen.append((x, sigma))
+        return G(x, sigma, y)
+    noise = lambda: iter(draws).__next__
+    image = sample(recorded, noise(), y, levels)
+    assert len(seen) == 4
+    with torch.no_grad():
+        for k, (x, sigma) in enumerate(seen):
+            assert torch.equal(step_input(G, noise(), y, levels, k), x)
+            assert torch.equal(sigma, torch.full((3,), levels[k]))
+        assert_close(seen[0][0], 80 * draws[0])
+        assert torch.equal(image, G(*seen[3], y))
+        assert_close(seen[2][0], G(*seen[1], y) + levels[2] * draws[2])     # fresh noise each time
+    assert torch.equal(sample(G, noise(), y, taus(1)), G(80 * draws[0], torch.full((3,), 80.), y))
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 --blocks 1,1 " \
+       "--batch 4 --teacher-batch 4 --samples 0 --teacher-iters 2 --teacher-steps 2".split()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    drawn = fid.shapes(60, 16)
+    monkeypatch.setattr(fid, "shapes", lambda resolution: drawn)
+
+
+@pytest.mark.parametrize("ratio", [1, 5])
+def test_two_time_scales_are_counted_and_true(small, monkeypatch, tmp_path, ratio):
+    calls, out = [], tmp_path / "run"
+    for name in "generator_losses", "fake_score_losses":
+        monkeypatch.setattr(dmd2, name, lambda *args, name=name, real=getattr(dmd2, name):
+                            calls.append(name) or real(*args))
+    dmd2.main([*TINY, "--out", str(out), "--iters", "3", "--fake-updates", str(ratio)])
+    assert calls == 3 * (["generator_losses"] + ratio * ["fake_score_losses"])
+    row = (out / "log.csv").read_text().splitlines()
+    last = dict(zip(row[0].split(","), row[-1].split(",")))
+    counts = last["step"], last["generator_updates"], last["fake_updates"]
+    assert counts == ("5", "3", str(3 * ratio))
+    state = torch.load(out / "checkpoint.pt")
+    updates = lambda opt: {int(v["step"]) for v in state[opt]["state"].values()}
+    assert updates("opt_generator") == {3} and updates("opt_fake") == {3 * ratio}
+
+
+def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_path):
+    """And the teacher stays as it is; another run may take it."""
+    seen = []
+    def losses(real_score, fake_score, disc, x0, sigma, eps, y, real=generator_losses):
+        seen.append(fake_score.state_dict())
+        return real(real_score, fake_score, disc, x0, sigma, eps, y)
+    monkeypatch.setattr(dmd2, "generator_losses", losses)
+    first, second = tmp_path / "first", tmp_path / "second"
+    dmd2.main([*TINY, "--out", str(first), "--iters", "1", "--lr", "1e-9", "--fake-lr", "1e-9"])
+    state = torch.load(first / "checkpoint.pt")
+    teacher = {k[7:]: v for k, v in state["teacher_ema"].items() if k.startswith("module.")}
+    for name, weights in teacher.items():
+        assert_close(seen[0][name], weights, atol=1e-6, rtol=0)
+        assert_close(state["generator"][name], weights, atol=1e-6, rtol=0)
+    seen.clear()
+    line = [a for a in TINY if a not in ("--teacher-iters", "2")]
+    line[line.index("--teacher-steps") + 1:line.index("--teacher-steps") + 1] = ["2"]
+    dmd2.main([*line, "--out", str(second), "--iters", "2", "--teacher", str(first)])
+    again = torch.load(second / "checkpoint.pt")
+    for name, weights in state["teacher_ema"].items():
+        assert torch.equal(again["teacher_ema"][name], weights)
+    assert again["step"] == 2
+
+
+@pytest.mark.parametrize("line", [
+    "--gan-weight 0", "--dm-weight 0", "--regression 0.25 --pairs 20", "--cfg 1.5",
+    "--steps 1,2,4", "--steps 4 --no-backward-simulation", "--gan-weight 0 --fake-updates 1"])
+def test_every_switch_trains_and_samples(small, tmp_path, line):
+    dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "2", *line.split()])
+    text = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    last = dict(zip(text[0].split(","), text[-1].split(",")))
+    assert ("loss_gan_d" in last) == ("--gan-weight 0" not in line)
+    assert (float(last["grad_gan"]) == 0) == ("--gan-weight 0" in line)
+    assert (float(last["grad_dm"]) == 0) == ("--dm-weight 0" in line)
+    assert ("loss_regression" in last) == ("--regression" in line)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    steps = line.split()[1].split(",") if "--steps" in line else ["1"]
+    assert names >= {f"{who}-{n}step.png" for who in ("samples", "raw") for n in steps}
