@@ -116,14 +116,15 @@ def variant(given):
 
 
 def check_method(args):
-    args.train_steps = args.train_steps or max(args.steps)
-    if not 1 <= args.train_steps <= 16:
-        raise UserError(f"--train-steps {args.train_steps}: expected 1 to 16")
-    for n in args.steps:
-        if n < 1 or args.train_steps % n:
+    if args.train_steps is None:
+        args.train_steps = max(args.steps)
+    for n in (*args.steps, args.train_steps):
+        if not 1 <= n <= 16:
+            raise UserError(f"--steps {n}: a generator has 1 to 16 calls")
+        if args.train_steps % n:
             able = [i for i in range(1, args.train_steps + 1) if args.train_steps % i == 0]
-            raise UserError(f"--steps {n}: a generator trained for --train-steps "
-                            f"{args.train_steps} samples in {show(able)}")
+            raise UserError(f"--steps {n}: a generator trained for {args.train_steps} "
+                            f"samples in {show(able)}")
     args.teacher_iters = 0 if args.teacher else args.teacher_iters
     for name, low in dict(teacher_iters=0 if args.teacher else 1, teacher_batch=1, teacher_steps=0,
                           fake_updates=1, pairs=1).items():

@@ -199,6 +199,22 @@ def test_shapes_that_were_trained_on_are_what_a_folder_gives(tmp_path):
     assert f"200,{tmp_path / 'set'}" in (out / "scores.csv").read_text()
 
 
+def test_the_common_blocks_are_the_same_in_all_scripts():
+    """So that a diff of two scripts shows nothing but the method."""
+    def blocks(name):
+        text = (ROOT / name).read_text()
+        parts = re.split(r"^# ---- (.*?) -*$", text, flags=re.M)
+        imports = re.search(r"^import argparse.*?(?=^METHOD)", text, re.M | re.S).group()
+        return [imports] + [(title, body) for title, body in zip(parts[1::2], parts[2::2])
+                            if title.startswith("common: ")]
+    first = blocks("shortcut.py")
+    assert [title for title, _ in first[1:]] == [
+        "common: arguments", "common: the run folder", "common: pictures and scores",
+        "common: errors"]
+    for name in ["dmd2.py"]:
+        assert blocks(name) == first
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = [
@@ -318,10 +334,11 @@ def test_a_folder_called_shapes_is_a_folder(tmp_path, monkeypatch):
 def test_compile_is_asked_for_both_networks(tmp_path, monkeypatch):
     """What it compiles to is PyTorch's business; a compiler may be missing where the tests run."""
     asked = []
-    monkeypatch.setattr(shortcut.UNet, "compile", lambda net: asked.append(net))
+    monkeypatch.setattr(torch, "compile", lambda f: asked.append((f.__self__, f.__name__)) or f)
     shortcut.main([*TINY, "--compile", "--out", str(tmp_path / "run"), "--iters", "1",
                    "--samples", "0"])
-    assert len(asked) == 2 and asked[0] is not asked[1]
+    assert [name for _, name in asked] == 2 * ["encode", "decode"]
+    assert asked[0][0] is asked[1][0] is not asked[2][0] is asked[3][0]
 
 
 def test_other_data_of_the_same_name_is_another_run(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 and the loop's own counts."""
 import math
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -305,6 +306,94 @@ def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_p
     for name, weights in state["teacher_ema"].items():
         assert torch.equal(again["teacher_ema"][name], weights)
     assert again["step"] == 2
+
+
+def same(a, b):
+    """Equal bit for bit, through nested dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        [same(a[k], b[k]) for k in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        [same(x, y) for x, y in zip(a, b)]
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, tmp_path):
+    """A teacher of 4 steps and a distillation of 4, stopped after 2, 4 and 6."""
+    line = [*TINY, "--teacher-iters", "4", "--iters", "4", "--dropout", "0.2", "--flip",
+            "--steps", "1,2", "--samples", "20", "--features", "random"]
+    dmd2.main([*line, "--out", str(tmp_path / "whole")])
+    halves = [*line, "--out", str(tmp_path / "halves")]
+    real = dmd2.Run.add
+    for stop in 2, 4, 6:
+        def add(run, **scalars):
+            real(run, **scalars)
+            if run.step == stop - 1:                        # within the step before it
+                run.signal = signal.SIGTERM
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(dmd2.Run, "add", add)
+            dmd2.main(halves)
+        assert ended.value.code == 143
+        assert torch.load(tmp_path / "halves" / "checkpoint.pt")["step"] == stop
+    dmd2.main(halves)
+    same(*(torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "halves")))
+    for name in "samples-1step.png", "samples-2step.png", "raw-1step.png", "teacher-2step.png":
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
+
+
+def test_the_default_folder_says_how_many_calls(small):
+    out = lambda line: dmd2.parse_args(line.split()).out
+    assert out("--steps 1") == out("") == "runs/dmd2-shapes"
+    assert out("--steps 1,4") == out("--steps 1 --train-steps 4") == "runs/dmd2-shapes-4step"
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--steps 3 --train-steps 4", "--steps 3: a generator trained for 4 samples in 1,2,4"),
+    ("--steps 0", "--steps 0: a generator has 1 to 16 calls"),
+    ("--steps 32", "--steps 32: a generator has 1 to 16 calls"),
+    ("--teacher-iters 0", "--teacher-iters 0: expected 1 or more"),
+    ("--fake-updates 0", "--fake-updates 0: expected 1 or more"),
+    ("--teacher-batch 0", "--teacher-batch 0: expected 1 or more"),
+    ("--teacher-steps -1", "--teacher-steps -1: expected 0 or more"),
+    ("--pairs 0", "--pairs 0: expected 1 or more"), ("--fake-lr 0", "expected a number between"),
+    ("--teacher-lr 2", "--teacher-lr 2.0: expected a number between 0 and 1"),
+    ("--gan-weight -1", "expected at least 0"), ("--regression nan", "expected at least 0"),
+    ("--dm-weight 0 --gan-weight 0", "nothing is left for the generator to learn from"),
+    ("--teacher nowhere", "--teacher nowhere: holds no run of dmd2.py"),
+    ("--teacher FULL", "FULL: is no run folder and not empty"),
+    ("--k 0.25", "unrecognized arguments: --k 0.25")])
+def test_a_mistake_is_one_line_and_touches_nothing(line, message, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "text").write_text("text")
+    monkeypatch.setattr(dmd2, "teacher_loss", None)                     # nothing may train
+    with pytest.raises(fid.UserError) as error:
+        dmd2.main(["--device", "cpu", "--resolution", "16", *line.split()])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["text"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ("--channels 32", "does not fit this network"), ("data", "is of other data"),
+    ("unfinished", "its training stands at 1 of 2"), ("broken", "does not fit this network")])
+def test_a_teacher_that_does_not_fit(small, monkeypatch, tmp_path, change, message):
+    first, line = tmp_path / "first", [*TINY, "--iters", "1"]
+    dmd2.main([*line, "--out", str(first)])
+    path = first / "checkpoint.pt"
+    if change == "unfinished":
+        torch.save(torch.load(path) | dict(step=1), path)
+    if change == "broken":
+        path.write_bytes(path.read_bytes()[:1000])
+    if change == "data":
+        other = tuple(t[:50] for t in fid.shapes(16))
+        monkeypatch.setattr(fid, "shapes", lambda resolution: other)
+    more = change.split() if change.startswith("--") else []
+    line = [a for a in line if a not in ("--teacher-iters", "2", "--teacher-steps")]
+    with pytest.raises(fid.UserError, match=message) as error:
+        dmd2.main([*line, *more, "--teacher", str(first), "--out", str(tmp_path / "second")])
+    assert "\n" not in str(error.value) and not (tmp_path / "second" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("line", [
