@@ -628,7 +628,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64).cpu().numpy()
                                 for a in (mu1, sigma1, mu2, sigma2))
     root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=1)
-    root[:, rank:] = 0
     pivoted = sigma2[np.ix_(order - 1, order - 1)]                      # LAPACK counts from 1
     product, _ = scipy.linalg.lapack.dsygst(pivoted, root, itype=2, lower=1)    # root^T . root
     values = np.linalg.eigvalsh(product[:rank, :rank]).clip(min=0)

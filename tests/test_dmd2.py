@@ -85,12 +85,12 @@ def test_the_fake_scores_losses_are_the_official():
 
 
 class Tanh(torch.nn.Module):
-    """The stub network of edm_official.npz."""
+    """The stub network of edm_official.npz, tanh(.7 x + .3 t), half of t in each half."""
     def encode(self, x, t, y=None):
-        return [x]
+        return [.7 * x + .15 * column(t)]
 
     def decode(self, features, t, y=None):
-        return torch.tanh(.7 * features[0] + .3 * column(t))
+        return torch.tanh(features[0] + .15 * column(t))
 
 
 def test_preconditioning_and_the_teachers_loss_are_edms():
@@ -273,7 +273,8 @@ def test_two_time_scales_are_counted_and_true(small, monkeypatch, tmp_path, rati
     for name in "generator_losses", "fake_score_losses":
         monkeypatch.setattr(dmd2, name, lambda *args, name=name, real=getattr(dmd2, name):
                             calls.append(name) or real(*args))
-    dmd2.main([*TINY, "--out", str(out), "--iters", "3", "--fake-updates", str(ratio)])
+    dmd2.main([*TINY, "--out", str(out), "--iters", "3", "--fake-updates", str(ratio),
+               "--ema", "0"])
     assert calls == 3 * (["generator_losses"] + ratio * ["fake_score_losses"])
     row = (out / "log.csv").read_text().splitlines()
     last = dict(zip(row[0].split(","), row[-1].split(",")))
@@ -282,6 +283,23 @@ def test_two_time_scales_are_counted_and_true(small, monkeypatch, tmp_path, rati
     state = torch.load(out / "checkpoint.pt")
     updates = lambda opt: {int(v["step"]) for v in state[opt]["state"].values()}
     assert updates("opt_generator") == {3} and updates("opt_fake") == {3 * ratio}
+    for name, weights in state["generator"].items():        # a mean over no past
+        assert_close(state["generator_ema"][f"module.{name}"], weights)
+
+
+@pytest.mark.parametrize("switch", ["--backward-simulation", "--no-backward-simulation"])
+def test_later_calls_train_on_own_or_on_noised_real_images(small, monkeypatch, tmp_path, switch):
+    simulated = []
+    monkeypatch.setattr(dmd2, "step_input", lambda *args: simulated.append(args[-1]) or
+                        step_input(*args))
+    for name in "draw", "evaluate":                         # they sample too
+        monkeypatch.setattr(dmd2, name, lambda *args: None)
+    line = [*TINY, "--iters", "6", "--train-steps", "4", "--fake-updates", "2", switch]
+    dmd2.main([*line, "--out", str(tmp_path / "run")])
+    if switch == "--backward-simulation":
+        assert len(simulated) == 12 and set(simulated) == {0, 1, 2, 3}
+    else:
+        assert len(simulated) < 12 and set(simulated) == {0}
 
 
 def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_path):
