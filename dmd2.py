@@ -4,12 +4,15 @@ A diffusion model is the teacher of a generator that needs one call (or a few). 
 images should be distributed as the teacher's; a second diffusion model, the fake score, follows
 them, and where the two denoise an image differently, the image should move:
 
-    dL/dtheta = E[(D_fake(x_t) - D_real(x_t)) / mean|x - D_real(x_t)| dG/dtheta]     (Eq. 2)
-              + w_g dL_GAN/dtheta                                                    (Eq. 4)
-    L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |D_fake(x_t) - x|^2] + w_d L_D
+    dL/dtheta = E[(D_fake(x_t) - D_real(x_t)) / mean|x - D_real(x_t)| dG/dtheta]
+              + w_g d softplus(-l(x_t))/dtheta
+    L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |D_fake(x_t) - x|^2]
+              + w_d (softplus(l(x_t)) + softplus(-l(x_t_real)))
 
-with x = G(z), x_t = x + sigma eps. L_GAN and L_D are those of a discriminator on the fake score's
-encoder. Five updates of the fake score go with each of the generator (two time-scales).
+with x = G(z), x_t = x + sigma eps: Eq. 2 (a score is held as its denoiser D, Eq. 1) with DMD's
+normaliser (2311.18828, Eq. 8), and the GAN of Eq. 4, whose logit l is a head on the fake score's
+encoder. (Eq. 4 prints -log D for the second term; the official code and this file have softplus.)
+Five updates of the fake score go with each of the generator (two time-scales).
 
 Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
@@ -20,15 +23,19 @@ two beginning as the teacher.
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
 Departs from the paper in:
-  * everything is small, trained from scratch, teacher included, with fast learning rates;
+  * everything is small, trained from scratch, teacher included, with fast learning rates that
+    decay to zero; Adam's second beta is 0.99, gradients are clipped at norm 1;
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the
     generator's logit sees the range of Eq. 2 (2 to 98 % of the levels), not all of it;
+    Updates of the generator and of the fake score cannot share: the networks change in between;
   * the generator has an EMA, which is what is scored (the raw weights too); official: none;
-  * learning rates warm up and decay to zero, Adam's second beta is 0.99; gradients are clipped;
-  * the multi-step generator (4.5; in the paper of SDXL) is of the same kind: levels 999, 749,
-    499, 249 of the 1000;
+  * its labels are those of the batch of real images; official: uniform. Real images are mirrored
+    where the preset says so; official: never;
+  * the head sits on the encoder's last features, as in the official code (paper: middle block);
+  * the multi-step generator (in the paper of SDXL) is of the same kind: levels 999, 749, 499, 249
+    of the 1000;
   * --regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
@@ -83,17 +90,18 @@ PRESETS = dict(
     attention  =((),        (16,),     (8,),      (16, 8)),
     dropout    =(0.0,       0.1,       0.1,       0.0),
 )
-STEPS = (1,)
+STEPS = ()                      # what the generator is trained for
 
 
 def method_options(add):
-    add("--teacher", help="folder of another run, to take its teacher instead of training one")
+    add("--teacher", type=lambda path: str(pathlib.Path(path)),
+        help="folder of another run, to take its teacher instead of training one")
     add("--teacher-iters", type=int, help="length of the teacher's training")
     add("--teacher-batch", type=int, help="its images per update")
     add("--teacher-lr", type=float, help="its peak learning rate")
     add("--teacher-ema", type=float, help="its decay of the running mean")
-    add("--teacher-steps", type=int, default=18,
-        help="Heun steps that the teacher is scored with, of two calls each; 0: not at all")
+    add("--teacher-steps", type=int, help="Heun steps to score the teacher with, of two calls "
+        "each; 0: do not [18 after a training, then 0]")
     add("--train-steps", type=int, help="calls that the generator learns to sample in [the largest "
         "of --steps]")
     add("--backward-simulation", action=argparse.BooleanOptionalAction, default=True,
@@ -111,13 +119,14 @@ def method_options(add):
 
 def variant(given):
     """What the name of the default run folder says besides method and data."""
-    steps = given.get("train_steps") or max(given.get("steps") or STEPS)
+    steps = given.get("train_steps") or max(given.get("steps") or (1,))
     return f"-{steps}step" if steps > 1 else ""
 
 
 def check_method(args):
     if args.train_steps is None:
-        args.train_steps = max(args.steps)
+        args.train_steps = max(args.steps, default=1)
+    args.steps = args.steps or (args.train_steps,)
     for n in (*args.steps, args.train_steps):
         if not 1 <= n <= 16:
             raise UserError(f"--steps {n}: a generator has 1 to 16 calls")
@@ -125,16 +134,23 @@ def check_method(args):
             able = [i for i in range(1, args.train_steps + 1) if args.train_steps % i == 0]
             raise UserError(f"--steps {n}: a generator trained for {args.train_steps} "
                             f"samples in {show(able)}")
-    args.teacher_iters = 0 if args.teacher else args.teacher_iters
-    for name, low in dict(teacher_iters=0 if args.teacher else 1, teacher_batch=1, teacher_steps=0,
-                          fake_updates=1, pairs=1).items():
-        if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
-                            "more")
+    for name, low in dict(teacher_iters=1, teacher_batch=1, teacher_steps=0, fake_updates=1,
+                          pairs=1).items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2 ** 31:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
     for name in ("teacher_lr", "fake_lr", "teacher_ema", "label_dropout"):
-        if not 0 <= getattr(args, name) < 1 or args.teacher_lr == 0 or args.fake_lr == 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number "
-                            "between 0 and 1")
+        value = getattr(args, name)
+        if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
+                            "1")
+    if args.resolution >> (len(args.mult) - 1) < 2:
+        raise UserError(f"--mult {show(args.mult)}: the discriminator needs a coarsest stage of "
+                        "2x2 or more")
+    args.nulls = args.cfg != 1                              # the teacher must know the null label
+    if args.nulls and args.label_dropout == 0:
+        raise UserError(f"--cfg {args.cfg}: needs a teacher that knows the null label; give a "
+                        "--label-dropout above 0")
     weights = [args.dm_weight, args.gan_weight, args.disc_weight, args.regression, args.cfg]
     if not all(0 <= w < math.inf for w in weights):
         raise UserError("--dm-weight, --gan-weight, --disc-weight, --regression, --cfg: "
@@ -148,7 +164,7 @@ def check_method(args):
 
 KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
 # The options that may differ from call to call of one run.
-FREE = "steps samples labels features inception device compile npz out".split()
+FREE = "steps teacher_steps samples labels features inception device compile npz out".split()
 
 
 def numbers(text):
@@ -215,6 +231,8 @@ def parse_args(argv=None):
     folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
     stored = stored_args(folder)
     kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    if stored and given.get("precision") == "auto":         # what it came to is stored
+        del given["precision"]
     args = {name: values[kind] for name, values in defaults.items()}
     args |= {name: value for name, value in stored.items() if name not in FREE}
     for name, value in given.items():
@@ -226,13 +244,12 @@ def parse_args(argv=None):
     for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
         if not low <= getattr(args, name) < 2 ** 31:
             raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
-    if not args.steps:
-        raise UserError("--steps: needs a number")
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
     for name in ("lr", "ema", "dropout"):
-        if not 0 <= getattr(args, name) < 1 or args.lr == 0:
-            raise UserError(f"--{name} {getattr(args, name)}: expected a number between 0 and 1")
+        value = getattr(args, name)
+        if not 0 <= value < 1 or name == "lr" and value == 0:
+            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
     if args.channels % 16:
         raise UserError(f"--channels {args.channels}: expected a multiple of 16")
     if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
@@ -246,6 +263,8 @@ def parse_args(argv=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun: this version trains in one process")
     check_method(args)
+    if not args.steps:
+        raise UserError("--steps: needs a number")
     return args
 
 
@@ -254,7 +273,7 @@ def stored_args(folder):
     path = folder / "args.json"
     try:
         if not path.exists():
-            ours = ("progress", ".args.json")               # left by a start that got nowhere
+            ours = ("progress", "pairs.npz", ".args.json")  # left by a start that got nowhere
             if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
                 raise UserError(f"--out {folder}: is no run folder and not empty; give another")
             return {}
@@ -295,7 +314,8 @@ def warmup_cosine(opt, iters):
 def karras(n):
     """n noise levels, ascending from 0.002 to 80 [n] (EDM Eq. 5)."""
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
-    return (low + torch.arange(n, dtype=torch.float64) / max(1, n - 1) * (high - low)) ** RHO
+    down = torch.arange(n, dtype=torch.float64).flip(0) / max(1, n - 1)     # 0: the highest
+    return (high + down * (low - high)) ** RHO
 
 
 def taus(steps):
@@ -352,40 +372,47 @@ def guided(D, x, sigma, y, cfg_scale=1.0, null_class=0):
 
 
 # ---- losses --------------------------------------------------------------------------------------
-# Networks are callables (x, sigma, y) -> images; x0, real, eps [B, 3, R, R]; sigma, y [B].
+# Networks, "scores" too, are denoisers (x, sigma, y) -> images; x0, real, eps [B, 3, R, R];
+# sigma, y [B].
 
 def weighted_error(denoised, x0, sigma):
     """EDM's weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 is the fake score's in DMD2."""
     return (expand(sigma ** -2 + SIGMA_DATA ** -2) * (denoised - x0) ** 2).mean()
 
 
-def teacher_loss(D, x0, sigma, eps, y):
-    """EDM Eq. 2 and 8, over sigma drawn as exp(P_mean + P_std n)."""
+def denoising_loss(D, x0, sigma, eps, y):
+    """EDM Eq. 2: of the teacher on real images, of the fake score (without GAN) on generated."""
     return weighted_error(D(x0 + expand(sigma) * eps, sigma, y), x0, sigma)
 
 
-def score_difference(x0, x0_real, x0_fake):
+def dm_gradient(x0, x0_real, x0_fake):
     """The gradient of Eq. 2 at an image, from what the two denoisers make of its noised self.
 
     With s = (D - x_t) / sigma^2 (Eq. 1), s_fake - s_real is this up to a factor, which DMD's
     normaliser (2311.18828, Eq. 8) takes out: what is left is of order one at every sigma.
+    (Official: no lower bound of the scale.)
     """
     scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
     return (x0_fake - x0_real) / scale
 
 
-def generator_losses(real_score, fake_score, disc, x0, sigma, eps, y):
+def generator_losses(real_score, fake_score, disc, x0, sigma, eps, y, dm=True, gan=True):
     """-> the loss whose gradient at the generator's images x0 is Eq. 2, and the GAN's (Eq. 4).
 
     Both denoisers see the same x_t, without gradient; the logit reuses the fake score's encoder.
+    dm, gan: what is not wanted is not computed, and 0.
     """
     x_t = x0 + expand(sigma) * eps
-    features = fake_score.encode(x_t, sigma, y)
-    with torch.no_grad():
-        x0_real, x0_fake = real_score(x_t, sigma, y), fake_score.decode(features, x_t, sigma, y)
-        target = x0 - score_difference(x0, x0_real, x0_fake)
-    loss_dm = 0.5 * (x0 - target).square().mean()           # its gradient: the difference / size
-    loss_gan = F.softplus(-disc(features)).mean()
+    loss_dm, loss_gan = 0 * x0.sum(), 0 * x0.sum()
+    with torch.set_grad_enabled(gan):
+        features = fake_score.encode(x_t, sigma, y)
+    if dm:
+        with torch.no_grad():
+            x0_real, x0_fake = real_score(x_t, sigma, y), fake_score.decode(features, x_t, sigma, y)
+            target = x0 - dm_gradient(x0, x0_real, x0_fake)
+        loss_dm = 0.5 * (x0 - target).square().mean()       # the gradient: dm_gradient / elements
+    if gan:
+        loss_gan = F.softplus(-disc(features)).mean()
     return loss_dm, loss_gan
 
 
@@ -571,7 +598,7 @@ class Run:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
-                                "kept. Train anew into another --out, with a lower --lr")
+                                "kept. Train anew into another --out, with a lower learning rate")
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
         self.rows.append(dict(step=self.step) | self.counts
                          | {n: f"{value:.6g}" for n, value in row.items()})
@@ -642,8 +669,9 @@ class Scorer:
     def __init__(self, args, device, images):
         self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
-        self.wanted = torch.isin(images.labels, self.classes)
-        if args.samples and self.wanted.sum() < 2:
+        self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
+        self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
+        if args.samples and len(self.labels) < 2:
             raise UserError(f"{self.name}: too few images to score against; give --samples 0")
         self.net = (fid.load_features(args.features, device, args.inception)
                     if args.samples else None)
@@ -663,8 +691,11 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     args, classes = run.args, scorer.classes
     for n in steps:
         count = max(args.samples, 80)                       # the picture takes 80
-        labels = torch.cat([classes.repeat(10)[:10].repeat(8),
-                            classes.repeat(count // len(classes) + 1)])[:count]
+        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
+        known = scorer.labels if len(scorer.labels) else classes
+        labels = known[torch.arange(count) * len(known) // count]
+        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+        labels[:80] = classes.repeat(10)[:10].repeat(8)
         pixels, spent = [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
             for i in range(0, count, 256):
@@ -692,43 +723,53 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
-# ---- training ------------------------------------------------------------------------------------
+# ---- common to add.py and dmd2.py: another run's teacher -----------------------------------------
 
-def load_teacher(folder, teacher_ema, run):
-    """The teacher of another run's folder."""
-    stored = stored_args(pathlib.Path(folder))
-    if not stored:
-        raise UserError(f"--teacher {folder}: holds no run of {METHOD}.py")
+def load_teacher(folder, teacher_ema, run, nulls):
+    """The teacher in another run's folder. nulls: it must know the null label."""
     try:
+        stored = stored_args(pathlib.Path(folder))
+        if not stored:
+            raise UserError(f"holds no run of {METHOD}.py")
+        for name in ("resolution", "channels", "mult", "blocks", "attention"):
+            if stored[name] != getattr(run.args, name):
+                raise UserError(f"was trained with --{name} {show(stored[name])}, not "
+                                f"{show(getattr(run.args, name))}; give that here too")
+        if nulls and not stored["nulls"]:
+            raise UserError("was trained without null labels; train it with --cfg to guide it")
         path = pathlib.Path(folder) / "checkpoint.pt"
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["step"] < stored["teacher_iters"]:
+        if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
             raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
         if state["data"] != run.data:
             raise UserError("is of other data")
         teacher_ema.load_state_dict(state["teacher_ema"])
     except Exception as error:                              # torch raises all sorts on a bad file
-        why = error if isinstance(error, UserError) else f"does not fit this network: {error!r}"
-        raise UserError(f"--teacher {folder}: {' '.join(str(why).split())[:200]}") from None
+        why = error if isinstance(error, UserError) else f"cannot be read: {error!r}"
+        why = " ".join(str(why).split())[:200].replace("; give another --out", "")
+        raise UserError(f"--teacher {folder}: {why}") from None
 
 
-def teacher_pairs(run, generate, classes):
-    """Noise and labels, and what the teacher's deterministic sampler makes of them: DMD's pairs."""
+# ---- training ------------------------------------------------------------------------------------
+
+def teacher_pairs(run, generate, num_classes, begins):
+    """DMD's pairs: noise z and labels [N], and what the teacher's deterministic sampler makes of
+    them. Computed where the distillation begins, and kept in the run's folder."""
     n, path = run.args.pairs, run.folder / "pairs.npz"
-    y = classes.repeat(n // len(classes) + 1)[:n].to(run.device)
-    parts = range(10 ** 8, 10 ** 8 + n)                     # noise that no sample is scored with
-    z = noise_of(parts, run.args)()
-    if not path.exists():
-        x0 = [generate(lambda: z[i:i + 256].to(run.device), y[i:i + 256], 18).cpu()
+    y = (torch.arange(n) % max(1, num_classes)).to(run.device)
+    z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
+    if begins or not path.exists():
+        x0 = [generate(lambda: z[i:i + 256], y[i:i + 256], 18).cpu()
               for i in tqdm(range(0, n, 256), "pairs", disable=None)]
         run.write("pairs.npz", lambda path: np.savez(path, images=to_uint8(torch.cat(x0)).numpy()))
-    with np.load(path, allow_pickle=False) as file:
-        return z.to(run.device), y, from_uint8(torch.from_numpy(file["images"])).to(run.device)
+    x0 = torch.from_numpy(fid.read_arrays(path)["images"])
+    return z, y, from_uint8(x0).to(run.device)
 
 
 def draw(run, generator, real_score, fake_score, classes, name):
-    """A picture of the training so far, of fixed noise: the generator's images, and what the
-    teacher and the fake score make of them once noised."""
+    """A picture of the training so far, of fixed noise: the generator's images (without EMA, as
+    the fake score follows it), and what the teacher and the fake score make of them once noised
+    to sigma = 2."""
     y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
     x0 = sample(generator, noise, y, taus(run.args.train_steps))
     sigma = torch.full((10,), 2.0, device=run.device)
@@ -763,8 +804,9 @@ def main(argv=None):
                                                 fused=True)
     opt_teacher = adam(teacher.parameters(), args.teacher_lr)
     opt_generator = adam(generator.parameters(), args.lr)
-    opt_fake = adam([*fake_score.parameters(), *disc.parameters()], args.fake_lr)
-    schedule_teacher = warmup_cosine(opt_teacher, max(1, args.teacher_iters))
+    fake_params = [*fake_score.parameters(), *disc.parameters()]
+    opt_fake = adam(fake_params, args.fake_lr)
+    schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
     schedule_generator = warmup_cosine(opt_generator, args.iters)
     schedule_fake = warmup_cosine(opt_fake, args.iters)
     run = Run(args, device, images, dict(
@@ -773,7 +815,7 @@ def main(argv=None):
         opt_generator=opt_generator, schedule_generator=schedule_generator, fake_score=fake_score,
         disc=disc, opt_fake=opt_fake, schedule_fake=schedule_fake))
     if args.teacher and not run.step:
-        load_teacher(args.teacher, teacher_ema, run)
+        load_teacher(args.teacher, teacher_ema, run, args.nulls)
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
         for net in (teacher, teacher_ema.module, generator, generator_ema.module, fake_score):
@@ -793,15 +835,19 @@ def main(argv=None):
             x0 = torch.where(expand(torch.rand(n, device=device) < 0.5), x0.flip(3), x0)
         return x0, labels[i]
 
+    begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
+    end, trained = begin + args.iters, run.step < begin + args.iters
+    steps = (18 if trained else 0) if args.teacher_steps is None else args.teacher_steps
+
     # Phase 1: the teacher.
-    for step in run.steps(args.teacher_iters, "teacher", args.teacher_batch):
+    for step in run.steps(begin, "teacher", args.teacher_batch):
         x0, y = batch(args.teacher_batch)
-        if args.cfg != 1:
+        if args.nulls:
             drop = torch.rand(len(y), device=device) < args.label_dropout
             y = torch.where(drop, null_class, y)
         sigma = (P_MEAN + P_STD * torch.randn(len(y), device=device)).exp()
         with autocast:
-            loss = teacher_loss(teacher, x0, sigma, torch.randn_like(x0), y)
+            loss = denoising_loss(teacher, x0, sigma, torch.randn_like(x0), y)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         opt_teacher.step()
@@ -811,56 +857,56 @@ def main(argv=None):
         run.add(loss_teacher=loss.detach(), grad_norm=grad_norm)
         if (step + 1) % max(1, args.teacher_iters // 5) == 0:
             y = scorer.classes.repeat(10)[:10].to(device)
-            x0 = teach(noise_of(range(10), args, device), y, args.teacher_steps or 18)
+            x0 = teach(noise_of(range(10), args, device), y, steps or 18)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
-    if run.step == args.teacher_iters:                      # generator and fake score begin as it
+    if run.step == begin:                                   # generator and fake score begin as it
         for net in (generator, generator_ema.module, fake_score):
             net.load_state_dict(teacher_ema.module.state_dict())
 
     # Phase 2: the distillation. A step is one update of the generator and --fake-updates of the
     # fake score.
-    levels, calls = karras(LEVELS).float().to(device), taus(args.train_steps)
+    levels, tau = karras(LEVELS).float().to(device), taus(args.train_steps)
     lowest, highest = int(0.02 * LEVELS), int(0.98 * LEVELS)
-    pairs = teacher_pairs(run, teach, scorer.classes) if args.regression else None
-    end = args.teacher_iters + args.iters
+    if args.regression and trained:
+        pairs = teacher_pairs(run, teach, null_class, run.step == begin)
     for step in run.steps(end, "distillation", args.batch * args.fake_updates):
         for i in range(args.fake_updates):
             real, y = batch(args.batch)
             noise = lambda: torch.randn_like(real)
             k = int(torch.randint(args.train_steps, ()))    # one call for the whole batch
             with torch.no_grad(), autocast:
-                x = (step_input(generator, noise, y, calls, k)
-                     if args.backward_simulation or k == 0 else real + calls[k] * noise())
-            tau = torch.full(y.shape, calls[k], device=device)
+                x = (step_input(generator, noise, y, tau, k)
+                     if args.backward_simulation or k == 0 else real + tau[k] * noise())
             with torch.set_grad_enabled(i == 0), autocast:
-                x0 = generator(x, tau, y)
+                x0 = generator(x, torch.full(y.shape, tau[k], device=device), y)
             if i == 0:                                      # the generator's update
                 leaf = x0.detach().requires_grad_()
                 sigma = levels[torch.randint(lowest, highest + 1, (len(y),), device=device)]
                 with autocast:
-                    loss_dm, loss_gan = generator_losses(real_score, fake_score, disc, leaf, sigma,
-                                                         noise(), y)
+                    loss_dm, loss_gan = generator_losses(
+                        real_score, fake_score, disc, leaf, sigma, noise(), y,
+                        args.dm_weight > 0, args.gan_weight > 0)
                 # Both at the image, to be weighed and watched there, then one pass through G.
                 grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
                 grad_gan = args.gan_weight * torch.autograd.grad(loss_gan, leaf)[0]
                 x0.backward(grad_dm + grad_gan)
                 x0 = x0.detach()
-                if pairs:
-                    j = torch.randint(len(pairs[0]), (args.batch,), device=device)
+                if args.regression:
+                    j = torch.randint(args.pairs, y.shape, device=device)
                     z, y_z, x0_z = (t[j] for t in pairs)
                     with autocast:
-                        error = generator(calls[0] * z, torch.full_like(tau, calls[0]), y_z) - x0_z
-                    loss = error.square().mean()            # DMD Eq. 9
+                        x0_hat = generator(tau[0] * z, torch.full_like(sigma, tau[0]), y_z)
+                    loss = (x0_hat - x0_z).square().mean()
                     (args.regression * loss).backward()
                     run.add(loss_regression=loss.detach())
-                norm = nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+                grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
                 opt_generator.step()
                 schedule_generator.step()
                 opt_generator.zero_grad()
                 generator_ema.update_parameters(generator)
-                run.add(loss_dm=loss_dm.detach(), loss_gan_g=loss_gan.detach(), grad_norm=norm,
-                        grad_dm=grad_dm.norm(), grad_gan=grad_gan.norm(), mean=x0.mean(),
-                        std=x0.std())
+                run.add(loss_dm=loss_dm.detach(), loss_gan_g=loss_gan.detach(),
+                        grad_norm=grad_norm, grad_dm=grad_dm.norm(), grad_gan=grad_gan.norm(),
+                        mean=x0.mean(), std=x0.std())
 
             sigma = levels[torch.randint(LEVELS, (2 * len(y),), device=device)]
             eps = torch.randn_like(torch.cat([x0, real]))
@@ -870,31 +916,31 @@ def main(argv=None):
                                                              y.repeat(2))
                     run.add(loss_gan_d=loss_disc.detach())
                 else:
-                    loss_fake = teacher_loss(fake_score, x0, *(a[:len(y)] for a in (sigma, eps)), y)
-                    loss_disc = 0
+                    n, loss_disc = len(y), 0
+                    loss_fake = denoising_loss(fake_score, x0, sigma[:n], eps[:n], y)
             (loss_fake + args.disc_weight * loss_disc).backward()
-            nn.utils.clip_grad_norm_([*fake_score.parameters(), *disc.parameters()], 1.0)
+            grad_norm = nn.utils.clip_grad_norm_(fake_params, 1.0)
             opt_fake.step()
             opt_fake.zero_grad()
-            run.add(loss_fake=loss_fake.detach())
+            run.add(loss_fake=loss_fake.detach(), grad_norm_fake=grad_norm)
         schedule_fake.step()
-        done = step + 1 - args.teacher_iters
+        done = step + 1 - begin
         run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
         if done % max(1, args.iters // 10) == 0:
             with autocast:
-                draw(run, generator_ema, real_score, fake_score, scorer.classes,
+                draw(run, generator, real_score, fake_score, scorer.classes,
                      f"progress/{step + 1:07d}.png")
 
-    def generate(G):
-        def images(noise, y, steps):
+    def sampler(G):
+        def generate(noise, y, steps):
             with autocast:
                 return sample(G, noise, y, taus(steps))
-        return images
-    if args.teacher_steps:
-        evaluate(run, scorer, teach, [args.teacher_steps], "teacher ema", "teacher",
+        return generate
+    if steps:
+        evaluate(run, scorer, teach, [steps], "teacher ema", "teacher",
                  lambda n: (2 * n - 1) * (1 if args.cfg == 1 else 2))
-    evaluate(run, scorer, generate(generator), args.steps, "generator", "raw")
-    evaluate(run, scorer, generate(generator_ema), args.steps, "generator ema")
+    evaluate(run, scorer, sampler(generator), args.steps, "generator", "raw")
+    evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema")
 
 
 # ---- common: errors ------------------------------------------------------------------------------
@@ -906,7 +952,7 @@ if __name__ == "__main__":
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):
-        print(f"{METHOD}.py: out of memory; give a smaller --batch or --channels, another --out",
+        print(f"{METHOD}.py: out of memory; give a smaller batch or --channels, another --out",
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:                               # before there is anything to keep

@@ -21,11 +21,14 @@ happens in one place and one way, `to_uint8`.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
+import io
 import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
 import typing
 
@@ -36,7 +39,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
 from tqdm import tqdm
 
@@ -230,10 +233,15 @@ def read_folder(folder, resolution):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
     hidden = lambda p: any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)
     endings = {e for e, f in Image.registered_extensions().items() if f in FORMATS}
-    files = sorted(pathlib.Path(top, name)
-                   for top, _, names in os.walk(folder, onerror=unreadable, followlinks=True)
-                   for name in names if pathlib.Path(name).suffix.lower() in endings)
-    files = [p for p in files if not hidden(p)]
+    files, seen = [], set()
+    for top, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        if os.path.realpath(top) in seen:                               # links in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(top))
+        files += [pathlib.Path(top, name) for name in names
+                  if pathlib.Path(name).suffix.lower() in endings]
+    files = sorted(p for p in files if not hidden(p))
     if not files:
         raise UserError(f"{folder}: no images in it; expected image files "
                         "or subfolders of them, one a class")
@@ -255,7 +263,7 @@ def read_folder(folder, resolution):
     for path, x in zip(files, pixels):
         if x.shape != pixels[0].shape:
             raise UserError(f"{path}: is {size(x)}, {files[0].name} {size(pixels[0])}; "
-                            "expected samples of one size")
+                            "expected images of one size")
     pixels = torch.stack(pixels)
     return pixels, torch.tensor([classes.index(t) if classes else 0 for t in tops]), classes
 
@@ -265,12 +273,11 @@ def read_batches(files, resolution):
     `data` [N, 3*R*R] uint8, `labels` 1..1000 per file."""
     pixels, labels = [], []
     for file in files:
-        try:
-            with np.load(file, allow_pickle=False) as batch:
-                data, label = batch["data"], batch["labels"]
-        except Exception as error:                              # zipfile and NumPy raise all sorts
-            raise UserError(f"{file}: cannot be read as a downsampled-ImageNet batch "
-                            f"({' '.join(str(error).split())})") from None
+        batch = read_arrays(file)
+        if not {"data", "labels"} <= set(batch):
+            raise UserError(f"{file}: cannot be read as a downsampled-ImageNet batch; expected "
+                            f"data and labels in it, not {', '.join(batch)[:80]}")
+        data, label = batch["data"], batch["labels"]
         if label.dtype.kind not in "iu" or label.ndim != 1 or not len(label):
             raise UserError(f"{file}: labels are {label.dtype} {label.shape}; "
                             "expected integers, one an image")
@@ -304,10 +311,13 @@ def load_images(data, resolution, split="train", cache="data"):
     """The images of a --data value, as `Images` on the CPU.
 
     data: "shapes", "cifar10" (torchvision's, under the folder `cache`, downloaded at need),
-    or a folder: of images, or of downsampled-ImageNet batches. split: "train", or "test" where
-    the data set has one. Raises UserError with a line for the user.
+    or a folder: of images, or of downsampled-ImageNet batches. resolution: None for the size that
+    they have. split: "train", or "test" where the data set has one. Raises UserError with a line
+    for the user.
     """
     kind = kind_of(data)
+    if kind != "folder":
+        resolution = resolution or (64 if kind == "imagenet64" else 32)
     if kind == "shapes":
         drawn = (shapes(resolution=resolution) if split == "train" else
                  shapes(10_000, resolution, seed=1))
@@ -344,7 +354,8 @@ class RandomFeatures(nn.Module):
     features are every stage's mean over positions, so they see texture and sharpness as well as
     layout.
     """
-    name, label, batch = "random", "FD-random", 256
+    name, label = "random", "FD-random"
+    batch, resizes = 256, False                             # of 32x32
 
     def __init__(self, widths=(32, 64, 128, 256), seed=0):
         super().__init__()
@@ -378,36 +389,32 @@ class Inception(nn.Module):
     """The FID network of 2015-12-05: uint8 [B, 3, H, W] of any size -> [B, 2048] pool3 features.
 
     torchvision's Inception v3 skeleton with the poolings of the original TensorFlow graph, and
-    each batch norm folded into the convolution before it. state: pytorch-fid's state dict.
+    each batch norm folded into the convolution before it. state: pytorch-fid's state dict as it is.
     """
     name, label, dim = "inception", "FID", 2048
-    batch = 8                                               # on a CPU, 8 beats 50 by a tenth
+    batch, resizes = 8, True                                # on a CPU, 8 beats 50 by a tenth
 
     def __init__(self, state=None):
         super().__init__()
-        self.net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
-                                                   transform_input=False, init_weights=False)
-        for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d",
-                     "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e",
-                     "Mixed_7b", "Mixed_7c"):
-            _patch_pooling(self.net.get_submodule(name), largest=name == "Mixed_7c")
-        self.net.fc, self.net.dropout = nn.Identity(), nn.Identity()
-        for unit in self.net.modules():
-            if isinstance(unit, BasicConv2d):
-                unit.bn, unit.conv.bias = nn.Identity(), nn.Parameter(torch.zeros(1))
-        if state is not None:
-            self.load_state_dict(state)
-        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.load_state_dict(self.skeleton().state_dict() if state is None else state)
+
+    @staticmethod
+    def skeleton():
+        return torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                               transform_input=False, init_weights=False)
 
     def load_state_dict(self, state):
-        """pytorch-fid's state dict as it is. Folded in float64: no digit is lost by it."""
-        for name, unit in self.net.named_modules():
+        net = self.skeleton()
+        net.load_state_dict(state)
+        net.fc, net.dropout = nn.Identity(), nn.Identity()
+        net.eval().double()                                 # so that folding loses no digit
+        for unit in net.modules():
             if isinstance(unit, BasicConv2d):
-                weight, mean, var, gain, shift = (state[f"{name}.{part}"].double() for part in (
-                    "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
-                weight, bias = fuse_conv_bn_weights(weight, None, mean, var, 1e-3, gain, shift)
-                unit.conv.weight.data.copy_(weight)
-                unit.conv.bias.data = bias.to(unit.conv.weight)
+                unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
+        for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d",
+                     "Mixed_6e", "Mixed_7b", "Mixed_7c"):
+            _patch_pooling(net.get_submodule(name), largest=name == "Mixed_7c")
+        self.net = net.float().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, pixels):
         x = F.interpolate(pixels.float() / 255, (299, 299), mode="bilinear", align_corners=False)
@@ -437,21 +444,23 @@ def inception_state(path=None):
     from `path`, torch's hub cache, or one download; sha256 checked."""
     cached = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     file = pathlib.Path(path) if path else cached
-    if not path and not file.exists():
-        try:
+    try:
+        if not path and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, file, hash_prefix=INCEPTION_SHA256)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"Inception's weights cannot be downloaded ({error}); "
-                            f"fetch {INCEPTION_FILE} by hand and give --inception PATH") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"Inception's weights cannot be downloaded ({error}); "
+                        f"fetch {INCEPTION_FILE} by hand and give --inception PATH") from None
     try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"--inception {file}: cannot be read ({error.strerror})") from None
+        option = "--inception " * bool(path)
+        raise UserError(f"{option}{file}: cannot be read ({error.strerror})") from None
+    digest = hashlib.sha256(content).hexdigest()
     if digest != INCEPTION_SHA256:
         raise UserError(f"{file}: not the FID weights (sha256 {digest[:12]}..., expected "
                         f"{INCEPTION_SHA256[:12]}...); remove it or give --inception PATH")
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_features(name, device="cpu", inception=None):
@@ -470,17 +479,20 @@ def load_features(name, device="cpu", inception=None):
 
 # ---- statistics ----------------------------------------------------------------------------------
 
+KEEP = 10_000                   # features kept of a set, for the scores of more than two moments
+
+
 class Statistics:
     """Mean and unbiased covariance of a stream of features, in float64; also of parts, by `merge`.
 
-    n is 0 where a file does not tell how many images it is of; network: whose features. kept:
-    those of some of the images [K, dim] float32 in random order, for scores of more than moments.
+    n: of how many images, 0 where a file does not tell. network, size: whose features, of images
+    of what size (H, W); None where unknown. kept: some images' own features [K, dim] float32.
     """
 
-    def __init__(self, dim, network="unknown"):
+    def __init__(self, dim, network=None, size=None):
         self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)   # sum of (f - mean)(f - mean)^T
-        self.network, self.kept = network, torch.empty(0, dim)
+        self.network, self.size, self.kept = network, size, torch.empty(0, dim)
 
     def merge(self, n, mean, scatter):
         """Pairwise update (Chan et al. 1979): no large sums that cancel, so stable for millions."""
@@ -497,12 +509,15 @@ class Statistics:
         self.merge(len(f), mean, (f - mean).T @ (f - mean))
 
     def gather(self, device="cpu"):
-        """-> of all torch.distributed processes, in each: one all_gather, merged in one order."""
+        """-> of all torch.distributed processes' images, in each of them, but what they kept.
+
+        One all_gather, merged in one order: a sum of raw moments would cancel.
+        """
         own = torch.cat([torch.full_like(self.mean, self.n)[None], self.mean[None], self.scatter])
         parts = [torch.empty_like(own, device=device)
                  for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, own.to(device))
-        total = Statistics(len(self.mean), self.network)
+        total = Statistics(len(self.mean), self.network, self.size)
         for part in parts:
             part = part.cpu()
             total.merge(int(part[0, 0]), part[1], part[2:])
@@ -513,104 +528,116 @@ class Statistics:
         return self.scatter / max(1, self.n - 1)
 
 
-@torch.no_grad()                # not inference_mode: what it makes cannot be merged into afterwards
 def statistics(net, pixels, progress=None, keep=0):
     """`Statistics` of the features of uint8 images [N, 3, H, W], `keep` of them kept.
 
-    float32 without TF32, as peers compute them. Memory does not grow with N, nor does the result
-    depend on how the images fall into batches.
+    float32 without TF32 or autocast, as peers compute them. Memory does not grow with N, nor does
+    the result depend on how the images fall into batches.
     """
     if len(pixels) < 2:
         raise UserError(f"{len(pixels)} images to score or compare with; "
                         "a covariance needs at least 2")
-    device, stats, rows = next(net.parameters()).device, None, []
+    device, side = next(net.parameters()).device, pixels.shape[2:]
     size = net.batch if device.type == "cpu" else 16 * net.batch
+    size = size if net.resizes else max(1, size * 1024 // side.numel())
     slot = torch.full((len(pixels),), -1)                   # where an image's features are kept
     chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:keep]
     slot[chosen] = torch.arange(len(chosen))
+    stats, rows = Statistics(net.dim, net.name, tuple(side)), []
+    stats.kept = torch.empty(len(chosen), net.dim)
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with tqdm(total=len(pixels), desc=progress, unit="img", leave=False,
-              disable=None if progress else True) as bar:
-        for i in range(0, len(pixels), size):
-            f, at = net(pixels[i:i + size].to(device)).float().cpu(), slot[i:i + size]
-            if stats is None:
-                stats = Statistics(f.shape[1], net.name)
-                stats.kept = torch.empty(len(chosen), f.shape[1])
-            stats.kept[at[at >= 0]] = f[at >= 0]
-            rows.append(f)
-            if len(rows) * size >= 1024 or i + size >= len(pixels):
-                stats.update(torch.cat(rows))               # a product of few rows costs as much
-                rows.clear()
-            bar.update(len(f))
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        with tqdm(total=len(pixels), desc=progress, unit="img", leave=False,
+                  disable=None if progress else True) as bar:
+            for i in range(0, len(pixels), size):
+                with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+                    f = net(pixels[i:i + size].to(device)).cpu()
+                at = slot[i:i + size]
+                stats.kept[at[at >= 0]] = f[at >= 0]
+                rows.append(f)
+                if len(rows) * size >= 1024 or i + size >= len(pixels):
+                    stats.update(torch.cat(rows))           # a product of few rows costs as much
+                    rows.clear()
+                bar.update(len(f))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     return stats
 
 
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fewstep"
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fewstep"
 
 
-def reference(net, pixels, progress="data features", keep=0):
-    """`statistics` of a data set, computed once and kept in ~/.cache/fewstep.
+def reference(net, pixels, progress="data features"):
+    """`statistics` of a data set with KEEP kept, computed once: they stay in ~/.cache/fewstep.
 
-    The file's name is a hash of all that they depend on: the pixels, the network's weights, and
-    this file's own text, so that no change to any of them finds what was computed before it.
+    A file's name is a hash of all that it depends on: the pixels, the network's weights, and this
+    file's own text, so that no change to any of them finds what was computed before it. The
+    twenty newest stay.
     """
-    key = hashlib.sha256(pathlib.Path(__file__).read_bytes() + repr((pixels.shape, keep)).encode())
+    key = hashlib.sha256(pathlib.Path(__file__).read_bytes() + repr(pixels.shape).encode())
     for tensor in (*net.state_dict().values(), *pixels.split(10_000)):
         key.update(tensor.cpu().contiguous().numpy())
     file = CACHE / f"{net.name}-{key.hexdigest()[:32]}.npz"
-    try:
+    with contextlib.suppress(OSError, UserError):           # not there, or damaged: made again
         if file.exists():
             return load_statistics(file)
-    except UserError:                                       # damaged: made again
-        pass
-    stats = statistics(net, pixels, progress, keep)
-    try:
+    stats = statistics(net, pixels, progress, KEEP)
+    with contextlib.suppress(OSError, UserError):           # no home, or a full one: not kept
         CACHE.mkdir(parents=True, exist_ok=True)
         save_statistics(file, stats, kept=stats.kept)
-    except (OSError, UserError):                            # no home, or a full one: not kept
-        pass
+        for old in sorted(CACHE.glob("*.npz"), key=os.path.getmtime)[:-20]:
+            old.unlink()
     return stats
 
 
 def save_statistics(path, stats, **more):
-    """mu and sigma, as pytorch-fid and EDM write them; beside them n, the network and more."""
-    path, temporary = pathlib.Path(path), pathlib.Path(f"{path}.{os.getpid()}")
+    """mu and sigma, as pytorch-fid and EDM write them; beside them n, network, size and more."""
+    arrays = dict(mu=stats.mean, sigma=stats.cov, n=stats.n, **more)
+    arrays |= {name: value for name in ("network", "size") if (value := getattr(stats, name))}
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, mu=stats.mean, sigma=stats.cov, n=stats.n, network=stats.network, **more)
-        os.replace(temporary, path)
+        with tempfile.NamedTemporaryFile(dir=pathlib.Path(path).parent, delete=False) as file:
+            try:
+                np.savez(file, **arrays)
+                file.close()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def load_statistics(path):
     """The statistics in a file, ours, pytorch-fid's or EDM's; UserError where there are none."""
     arrays = read_arrays(path)
-    mu, sigma, n = (arrays.get(name, np.zeros(())) for name in ("mu", "sigma", "n"))
-    kept = arrays.get("kept", np.empty((0, *mu.shape), np.float32))
-    if (mu.ndim != 1 or len(mu) < 2 or sigma.shape != 2 * mu.shape or n.shape
-            or n.dtype.kind not in "iuf" or n < 0 or kept.ndim != 2 or kept.shape[1:] != mu.shape
-            or any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in (mu, sigma, kept))):
-        raise UserError(f"{path}: holds no statistics; expected finite mu [D] and sigma [D, D]")
-    network = str(arrays.get("network", "inception" if len(mu) == 2048 else "unknown"))
-    stats = Statistics(len(mu), network)
-    stats.n, stats.mean = int(n), torch.from_numpy(mu).double()
-    stats.scatter = torch.from_numpy(sigma).double() * max(1, stats.n - 1)
-    stats.kept = torch.from_numpy(kept)
+    real = lambda name, default: np.asarray(arrays.get(name, default))
+    mu, sigma, n = real("mu", 0.0), real("sigma", 0.0), real("n", 0)
+    kept, size = real("kept", np.empty((0, *mu.shape), np.float32)), real("size", np.empty(0))
+    if (mu.ndim != 1 or len(mu) < 2 or sigma.shape != 2 * mu.shape or kept.shape[1:] != mu.shape
+            or any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in (mu, sigma, kept))
+            or not np.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0
+            or n.shape or n.dtype.kind not in "iu" or n < 0 or size.shape not in ((0,), (2,))):
+        raise UserError(f"{path}: holds no statistics; expected a finite mean mu [D] and "
+                        "covariance sigma [D, D]")
+    network = str(arrays["network"]) if "network" in arrays else None
+    network = network if network in (None, "inception", "random") else "another network"
+    stats = Statistics(len(mu), network, tuple(map(int, size)) or None)
+    stats.n, stats.mean = int(n), torch.from_numpy(mu.astype(np.float64))
+    stats.scatter = torch.from_numpy(sigma.astype(np.float64)) * max(1, stats.n - 1)
+    stats.kept = torch.from_numpy(kept.astype(np.float32))
     return stats
 
 
 def read_arrays(path):
     """The arrays of an .npz or .npy by name, none of which can run code."""
     try:
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            return {"array": arrays}
-        with arrays:
-            return {name: arrays[name] for name in arrays.files}
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {"array": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        if not all(isinstance(a, np.ndarray) for a in arrays.values()):
+            raise ValueError("not all of it is arrays")
+        return arrays
     except Exception as error:                              # zipfile and NumPy raise all sorts
         raise UserError(f"{path}: cannot be read as .npz or .npy "
                         f"({' '.join(str(error).split())})") from None
@@ -625,7 +652,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     any r with r r^T = sigma1: real and non-negative. r is the Cholesky factor with pivoting, which
     there is for covariances of any rank.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64).cpu().numpy()
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).detach().cpu().double().numpy()
                                 for a in (mu1, sigma1, mu2, sigma2))
     root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=1)
     pivoted = sigma2[np.ix_(order - 1, order - 1)]                      # LAPACK counts from 1
@@ -674,13 +701,11 @@ def protocol(label, value, features, n, m, data, nfe, who, speed):
     """A score as one line, with all that it depends on, always in this order."""
     line = (f"{label} {value} | {features} | {n or '?'} samples vs {m or '?'} {data} | NFE {nfe} | "
             f"{who} | {speed} img/s")
-    return line + " | fewer than 2048 samples: biased upward" * (0 < n < 2048)
+    few = label.startswith("F") and 0 < min(n or 2048, m or 2048) < 2048
+    return line + " | fewer than 2048 samples: biased upward" * few
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
-KEEP = 10_000                   # features kept of each side, for KID, precision and recall
-
 
 def read_samples(path):
     """A file or a folder of samples -> uint8 [N, 3, H, W], or `Statistics` if it holds such."""
@@ -694,7 +719,7 @@ def read_samples(path):
         raise UserError(f"{path}: holds {len(pictures)} arrays of images; expected one, uint8 "
                         "[N, H, W, 3] or [N, 3, H, W], or mu and sigma")
     images, = pictures
-    if images.dtype != np.uint8 or 3 not in (images.shape[1], images.shape[3]):
+    if images.dtype != np.uint8 or 3 not in images.shape[1::2] or min(images.shape[1:]) < 1:
         raise UserError(f"{path}: images are {images.dtype} {list(images.shape)}; expected uint8 "
                         "[N, H, W, 3] or [N, 3, H, W]")
     images = torch.from_numpy(images)
@@ -712,23 +737,38 @@ def parse_args(argv=None):
         "statistics: .npz with mu and sigma")
     add("--data", help="what to compare with: shapes, cifar10, a folder of images, or one of "
         "downsampled-ImageNet batches")
-    add("--split", choices=["train", "test"], default="train", help="of --data [train]")
-    add("--resolution", type=int, help="side of --data's images [that of the samples, or 32]")
-    add("--stats", help="compare with the mu and sigma in this .npz: FID alone")
-    add("--save-stats", help="write mu and sigma of the samples, without samples of --data")
+    add("--split", choices=["train", "test"], help="of --data [train]")
+    add("--resolution", type=int, help="side of --data's images [that of the samples or, without "
+        "samples, their own]")
+    add("--stats", help="compare with the mu and sigma in this .npz: FID alone. Numbers are "
+        "comparable to pytorch-fid's; EDM's and ADM's files have this layout, but features of "
+        "images resized another way")
+    add("--save-stats", help="write mu and sigma: of SAMPLES, or of --data where there are none")
     add("--features", choices=["auto", "inception", "random"], default="auto",
         help="auto: those of --stats, random for shapes, else inception if its weights can be had")
     add("--inception", help="path of the Inception weights")
-    add("--device", default="auto", help="cpu, cuda, mps")
+    add("--device", default="auto", help="cpu, cuda, mps [auto]")
     args = parser.parse_args(argv)
-    if args.data and args.stats:
-        raise UserError("--data, --stats: give one of them to compare with")
-    if not args.samples and not (args.data and args.save_stats):
-        raise UserError("what to score is missing: give SAMPLES, or --data with --save-stats")
-    if not (args.data or args.stats or args.save_stats):
-        raise UserError("what to compare with is missing: give --data or --stats")
-    if args.resolution is not None and args.resolution < 8:
-        raise UserError(f"--resolution {args.resolution}: expected 8 or more")
+    same = lambda a, b: a and b and os.path.realpath(a) == os.path.realpath(b)
+    parent = pathlib.Path(args.save_stats or ".").absolute().parent
+    for wrong, why in [
+            (args.data and args.stats, "--data, --stats: give one of them to compare with"),
+            (not args.samples and not (args.data and args.save_stats),
+             "what to score is missing: give SAMPLES, or --data with --save-stats"),
+            (not (args.data or args.stats or args.save_stats),
+             "what to compare with is missing: give --data or --stats"),
+            (not args.data and (args.split or args.resolution),
+             "--split, --resolution: are of --data, which is not given"),
+            (args.resolution is not None and args.resolution < 8,
+             f"--resolution {args.resolution}: expected 8 or more"),
+            (args.inception and args.features == "random",
+             "--inception: is of no use with --features random"),
+            (same(args.save_stats, args.samples) or same(args.save_stats, args.stats),
+             f"--save-stats {args.save_stats}: would replace what is to be read"),
+            (args.save_stats and not os.access(parent, os.W_OK),
+             f"--save-stats {args.save_stats}: cannot be written into {parent}")]:
+        if wrong:
+            raise UserError(why)
     return args
 
 
@@ -736,29 +776,36 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     samples = read_samples(args.samples) if args.samples else None
-    side, drawn = args.resolution or 32, isinstance(samples, torch.Tensor)
+    real = load_statistics(args.stats) if args.stats else None
+    drawn, size = isinstance(samples, torch.Tensor), None
     if drawn:
+        size = tuple(samples.shape[2:])
         if len(samples) < 2:
             raise UserError(f"{args.samples}: holds {len(samples)} images; expected at least 2")
-        size, side = samples.shape[2:], args.resolution or samples.shape[3]
-        if args.data and size != (side, side):
-            raise UserError(f"{args.samples}: images are {size[1]}x{size[0]}, --data is "
-                            f"{side}x{side}; expected the same")
-    real = load_statistics(args.stats) if args.stats else None
-    images = load_images(args.data, side, args.split) if args.data else None
+    elif samples:
+        size = samples.size
+    side = args.resolution or (size and size[1])
+    images = load_images(args.data, side, args.split or "train") if args.data else None
+    other = tuple(images.pixels.shape[2:]) if images else real and real.size
+    if size and other and size != other:
+        raise UserError(f"{args.samples}: images are {size[1]}x{size[0]}, what to compare with "
+                        f"{other[1]}x{other[0]}; expected the same")
 
     given = [stats for stats in (samples, real) if isinstance(stats, Statistics)]
-    name = args.features
-    if name == "auto" and given and given[0].network in ("inception", "random"):
-        name = given[0].network
-    elif name == "auto" and args.data == "shapes":          # as the scripts score them
-        name = "random"
-    net = load_features(name, device, args.inception) if drawn or images else None
+    known = [stats.network for stats in given if stats.network]
+    name = "inception" if args.inception else args.features
+    if name == "auto" and (known or args.data == "shapes"):     # shapes: as the scripts score them
+        name = known[0] if known else "random"
+    net = None
+    if drawn or images:
+        net = load_features(name, device, args.inception)
+        name = net.name
     for stats in given:
-        network, dim = (net.name, net.dim) if net else (given[0].network, len(given[0].mean))
-        if stats.network != network or len(stats.mean) != dim:
+        dim = net.dim if net else len(given[0].mean)
+        if len(stats.mean) != dim or stats.network not in (None, name) and name != "auto":
             raise UserError(f"{args.stats if stats is real else args.samples}: is of "
-                            f"{len(stats.mean)} {stats.network} features; expected {dim} {network}")
+                            f"{len(stats.mean)} features of {stats.network or 'an unknown network'}"
+                            f"; expected {dim} of {name}")
 
     speed = "-"
     if drawn:
@@ -766,26 +813,32 @@ def main(argv=None):
         samples = statistics(net, samples, "features", KEEP)
         speed = f"{samples.n / (time.perf_counter() - start):.0f}"
     if images:
-        real = reference(net, images.pixels, keep=KEEP)
+        real = reference(net, images.pixels)
+    if samples and real:
+        score(samples, real, args.samples, images.name if images else args.stats, speed)
     if args.save_stats:
         save_statistics(args.save_stats, samples or real)
         print(f"statistics: {args.save_stats}")
-    if not (samples and real):
-        return
 
-    def show(score, value, n, m):
-        label = f"{score}-{real.network}" if real.network != "inception" else score
-        label = label.replace("ID-", "D-")                  # FID and KID are Inception's alone
-        print(protocol(label, value, real.network, n, m, images.name if images else args.stats,
-                       "?", args.samples, speed), flush=True)
-    show("FID", f"{distance(samples, real):.4g}", samples.n, real.n)
+
+def score(samples, real, who, data, speed):
+    """Print what two `Statistics` tell, a protocol line each."""
+    networks = {samples.network, real.network}
+    network = next(filter(None, networks), "inception" if len(real.mean) == 2048 else "unknown")
+    features = network + "?" * (None in networks)           # a file does not say whose they are
+    suffix = "" if network == "inception" else f"-{network}"
+    def show(label, value, n, m):
+        print(protocol(label + suffix, value, features, n, m, data, "?", who, speed), flush=True)
+    show("FD" if suffix else "FID", f"{distance(samples, real):.4g}", samples.n, real.n)
     n, m = len(samples.kept), len(real.kept)
-    if min(n, m) >= 20:                                     # two for each of KID's ten parts
-        mean, error = kernel_distance(samples.kept, real.kept)
-        precision, recall = precision_recall(samples.kept, real.kept)
-        show("KID", f"{mean:.3g} +- {error:.2g}", n, m)
-        show("precision", f"{precision:.4f}", n, m)
-        show("recall", f"{recall:.4f}", n, m)
+    if min(n, m) < 20:                                      # two images for each of KID's ten parts
+        print("no KID, precision and recall: they need 20 images or more on each side")
+        return
+    mean, error = kernel_distance(samples.kept, real.kept)
+    precision, recall = precision_recall(samples.kept, real.kept)
+    show("KD" if suffix else "KID", f"{mean:.3g} +- {error:.2g}", n, m)
+    show("precision", f"{precision:.4f}", n, m)
+    show("recall", f"{recall:.4f}", n, m)
 
 
 if __name__ == "__main__":
@@ -795,7 +848,7 @@ if __name__ == "__main__":
         print(f"fid.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):
-        print("fid.py: out of memory; give --device cpu, or fewer images", file=sys.stderr)
+        print("fid.py: out of memory; give --device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -105,7 +105,7 @@ def check_method(args):
 
 KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
 # The options that may differ from call to call of one run.
-FREE = "steps samples labels features inception device compile npz out".split()
+FREE = "steps teacher_steps samples labels features inception device compile npz out".split()
 
 
 def numbers(text):
@@ -172,6 +172,8 @@ def parse_args(argv=None):
     folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
     stored = stored_args(folder)
     kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    if stored and given.get("precision") == "auto":         # what it came to is stored
+        del given["precision"]
     args = {name: values[kind] for name, values in defaults.items()}
     args |= {name: value for name, value in stored.items() if name not in FREE}
     for name, value in given.items():
@@ -183,13 +185,12 @@ def parse_args(argv=None):
     for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
         if not low <= getattr(args, name) < 2 ** 31:
             raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
-    if not args.steps:
-        raise UserError("--steps: needs a number")
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
     for name in ("lr", "ema", "dropout"):
-        if not 0 <= getattr(args, name) < 1 or args.lr == 0:
-            raise UserError(f"--{name} {getattr(args, name)}: expected a number between 0 and 1")
+        value = getattr(args, name)
+        if not 0 <= value < 1 or name == "lr" and value == 0:
+            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
     if args.channels % 16:
         raise UserError(f"--channels {args.channels}: expected a multiple of 16")
     if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
@@ -203,6 +204,8 @@ def parse_args(argv=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun: this version trains in one process")
     check_method(args)
+    if not args.steps:
+        raise UserError("--steps: needs a number")
     return args
 
 
@@ -211,7 +214,7 @@ def stored_args(folder):
     path = folder / "args.json"
     try:
         if not path.exists():
-            ours = ("progress", ".args.json")               # left by a start that got nowhere
+            ours = ("progress", "pairs.npz", ".args.json")  # left by a start that got nowhere
             if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
                 raise UserError(f"--out {folder}: is no run folder and not empty; give another")
             return {}
@@ -470,7 +473,7 @@ class Run:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
-                                "kept. Train anew into another --out, with a lower --lr")
+                                "kept. Train anew into another --out, with a lower learning rate")
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
         self.rows.append(dict(step=self.step) | self.counts
                          | {n: f"{value:.6g}" for n, value in row.items()})
@@ -541,8 +544,9 @@ class Scorer:
     def __init__(self, args, device, images):
         self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
-        self.wanted = torch.isin(images.labels, self.classes)
-        if args.samples and self.wanted.sum() < 2:
+        self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
+        self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
+        if args.samples and len(self.labels) < 2:
             raise UserError(f"{self.name}: too few images to score against; give --samples 0")
         self.net = (fid.load_features(args.features, device, args.inception)
                     if args.samples else None)
@@ -562,8 +566,11 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     args, classes = run.args, scorer.classes
     for n in steps:
         count = max(args.samples, 80)                       # the picture takes 80
-        labels = torch.cat([classes.repeat(10)[:10].repeat(8),
-                            classes.repeat(count // len(classes) + 1)])[:count]
+        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
+        known = scorer.labels if len(scorer.labels) else classes
+        labels = known[torch.arange(count) * len(known) // count]
+        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+        labels[:80] = classes.repeat(10)[:10].repeat(8)
         pixels, spent = [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
             for i in range(0, count, 256):
@@ -666,7 +673,7 @@ if __name__ == "__main__":
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):
-        print(f"{METHOD}.py: out of memory; give a smaller --batch or --channels, another --out",
+        print(f"{METHOD}.py: out of memory; give a smaller batch or --channels, another --out",
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:                               # before there is anything to keep

@@ -204,15 +204,15 @@ def test_the_common_blocks_are_the_same_in_all_scripts():
     def blocks(name):
         text = (ROOT / name).read_text()
         parts = re.split(r"^# ---- (.*?) -*$", text, flags=re.M)
-        imports = re.search(r"^import argparse.*?(?=^METHOD)", text, re.M | re.S).group()
-        return [imports] + [(title, body) for title, body in zip(parts[1::2], parts[2::2])
-                            if title.startswith("common: ")]
-    first = blocks("shortcut.py")
-    assert [title for title, _ in first[1:]] == [
-        "common: arguments", "common: the run folder", "common: pictures and scores",
-        "common: errors"]
-    for name in ["dmd2.py"]:
-        assert blocks(name) == first
+        found = {t: body for t, body in zip(parts[1::2], parts[2::2]) if t.startswith("common")}
+        return found | dict(imports=re.search(r"^import argparse.*?(?=^METHOD)", text,
+                                              re.M | re.S).group())
+    first, second, third = map(blocks, ("shortcut.py", "dmd2.py", "add.py"))
+    assert [*first] == ["common: arguments", "common: the run folder",
+                        "common: pictures and scores", "common: errors", "imports"]
+    for title, text in first.items():
+        assert second[title] == text and third[title] == text
+    assert second == third and len(second) == len(first) + 1
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

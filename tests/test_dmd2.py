@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import dmd2
 import fid
 from dmd2 import (EDM, Discriminator, fake_score_losses, generator_losses, guided, heun, karras,
-                  sample, score_difference, step_input, taus, teacher_loss, weighted_error)
+                  sample, dm_gradient, step_input, taus, denoising_loss, weighted_error)
 from nets import UNet
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -59,7 +59,7 @@ def test_distribution_matching_is_the_official():
     assert loss.item() == approx(DMD2["dm_loss"], rel=1e-5)
     assert_close(grad, DMD2["dm_grad_x"], rtol=1e-4, atol=1e-9)
     x_t = x.detach() + column(sigma) * DMD2["dm_noise"]
-    difference = score_difference(x.detach(), REAL(x_t, sigma, y), FAKE(x_t, sigma, y))
+    difference = dm_gradient(x.detach(), REAL(x_t, sigma, y), FAKE(x_t, sigma, y))
     assert_close(difference, DMD2["dm_grad_pre"], rtol=1e-4, atol=1e-6)
     assert_close(grad, difference / x.numel(), rtol=1e-4, atol=1e-9)
 
@@ -99,7 +99,7 @@ def test_preconditioning_and_the_teachers_loss_are_edms():
                  atol=1e-6)
     sigma = (dmd2.P_MEAN + dmd2.P_STD * EDMS["loss_rnd_normal"].flatten()).exp()
     for i in range(5):
-        loss = teacher_loss(D, EDMS["loss_y"][i:i + 1], sigma[i:i + 1],
+        loss = denoising_loss(D, EDMS["loss_y"][i:i + 1], sigma[i:i + 1],
                             EDMS["loss_noise_unit"][i:i + 1], y[:1])
         assert loss.item() == approx(EDMS["loss_per_element"][i].mean().item(), rel=1e-5)
 
@@ -135,7 +135,7 @@ def test_the_denoising_loss_is_least_at_the_exact_denoiser():
     for sigma in .2, 1.5:
         a, b = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
         levels, y = torch.full((n,), sigma), torch.zeros(n, dtype=torch.long)
-        loss = teacher_loss(lambda x, sigma, y: a * x + b, x0, levels, eps, y)
+        loss = denoising_loss(lambda x, sigma, y: a * x + b, x0, levels, eps, y)
         ga, gb = torch.autograd.grad(loss, (a, b), create_graph=True)           # a quadratic form:
         rows = [torch.stack(torch.autograd.grad(g, (a, b), retain_graph=True)) for g in (ga, gb)]
         least = torch.linalg.solve(torch.stack(rows), -torch.stack([ga, gb]).detach())
@@ -154,7 +154,7 @@ def test_the_gradient_is_that_of_the_kl_divergence_of_gaussians(sigma):
     x_t = x0 + sigma * torch.randn_like(x0)
     x0_real, x0_fake = REAL(x_t, level, y), FAKE(x_t, level, y)
     scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True)
-    unscaled = score_difference(x0, x0_real, x0_fake) * scale / sigma ** 2
+    unscaled = dm_gradient(x0, x0_real, x0_fake) * scale / sigma ** 2
     by_hand = ((m - m_r) / (s_r ** 2 + sigma ** 2),
                s / (s_r ** 2 + sigma ** 2) - s / (s ** 2 + sigma ** 2))
     for ours, exact in zip((unscaled, unscaled * z), by_hand):
@@ -165,7 +165,7 @@ def test_equal_scores_leave_the_generator_alone_and_the_normaliser_has_no_zero()
     x, y = torch.randn(4, 3, 8, 8, requires_grad=True), torch.arange(4)
     loss, _ = generator_losses(REAL, REAL, head, x, torch.ones(4), torch.randn(4, 3, 8, 8), y)
     assert loss.item() == 0 and not torch.autograd.grad(loss, x)[0].any()
-    assert score_difference(x, x, x + 1).isfinite().all()
+    assert dm_gradient(x, x, x + 1).isfinite().all()
 
 
 def test_the_gan_at_its_optimum():
@@ -230,7 +230,7 @@ def test_gradients_reach_what_they_should_and_nothing_else():
     x_t = x0.detach() + column(sigma[:4]) * eps[:4]
     with torch.no_grad():
         real_fake = [D(x_t, sigma[:4], y[:4]) for D in (teacher, fake)]
-    difference = score_difference(x0.detach(), *real_fake)
+    difference = dm_gradient(x0.detach(), *real_fake)
     assert_close(torch.autograd.grad(loss_dm, x0)[0], difference / x0.numel(), rtol=1e-4, atol=1e-9)
 
 
@@ -305,9 +305,9 @@ def test_later_calls_train_on_own_or_on_noised_real_images(small, monkeypatch, t
 def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_path):
     """And the teacher stays as it is; another run may take it."""
     seen = []
-    def losses(real_score, fake_score, disc, x0, sigma, eps, y, real=generator_losses):
+    def losses(real_score, fake_score, *rest):
         seen.append(fake_score.state_dict())
-        return real(real_score, fake_score, disc, x0, sigma, eps, y)
+        return generator_losses(real_score, fake_score, *rest)
     monkeypatch.setattr(dmd2, "generator_losses", losses)
     first, second = tmp_path / "first", tmp_path / "second"
     dmd2.main([*TINY, "--out", str(first), "--iters", "1", "--lr", "1e-9", "--fake-lr", "1e-9"])
@@ -317,9 +317,7 @@ def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_p
         assert_close(seen[0][name], weights, atol=1e-6, rtol=0)
         assert_close(state["generator"][name], weights, atol=1e-6, rtol=0)
     seen.clear()
-    line = [a for a in TINY if a not in ("--teacher-iters", "2")]
-    line[line.index("--teacher-steps") + 1:line.index("--teacher-steps") + 1] = ["2"]
-    dmd2.main([*line, "--out", str(second), "--iters", "2", "--teacher", str(first)])
+    dmd2.main([*TINY, "--out", str(second), "--iters", "2", "--teacher", str(first)])
     again = torch.load(second / "checkpoint.pt")
     for name, weights in state["teacher_ema"].items():
         assert torch.equal(again["teacher_ema"][name], weights)
@@ -361,6 +359,32 @@ def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, 
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
 
+def test_pairs_are_the_teachers_whatever_is_drawn_later(small, monkeypatch, tmp_path):
+    """DMD's regression: G(80 z; 80) of a label against the teacher's image of that z and label;
+    the same after a resume with other --labels, and made again by another start."""
+    seen, real = [], dmd2.teacher_pairs
+    monkeypatch.setattr(dmd2, "teacher_pairs", lambda *a: seen.append(real(*a)) or seen[-1])
+    line = [*TINY, "--iters", "4", "--regression", "1", "--pairs", "20", "--dm-weight", "0",
+            "--gan-weight", "0", "--out", str(tmp_path / "run")]
+    def add(run, step=dmd2.Run.add, **scalars):
+        step(run, **scalars)
+        run.signal = signal.SIGTERM if run.step == 3 else 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(dmd2.Run, "add", add)
+        dmd2.main(line)
+    dmd2.main([*line, "--labels", "heart"])
+    (z, y, x0), again = seen
+    same([*seen[0]], [*again])
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")["teacher_ema"]
+    D = EDM(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
+    D.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
+    by_hand = fid.from_uint8(fid.to_uint8(heun(D, z, y, 18)))
+    assert_close(x0, by_hand, atol=1.1 / 127.5, rtol=0)     # quantised
+    assert y.tolist() == [*range(10)] * 2
+    dmd2.main(line)                                         # a finished run has no use for them
+    assert len(seen) == 2
+
+
 def test_the_default_folder_says_how_many_calls(small):
     out = lambda line: dmd2.parse_args(line.split()).out
     assert out("--steps 1") == out("") == "runs/dmd2-shapes"
@@ -375,18 +399,20 @@ def test_the_default_folder_says_how_many_calls(small):
     ("--fake-updates 0", "--fake-updates 0: expected 1 or more"),
     ("--teacher-batch 0", "--teacher-batch 0: expected 1 or more"),
     ("--teacher-steps -1", "--teacher-steps -1: expected 0 or more"),
-    ("--pairs 0", "--pairs 0: expected 1 or more"), ("--fake-lr 0", "expected a number between"),
+    ("--pairs 0", "--pairs 0: expected 1 or more"), ("--fake-lr 0", "--fake-lr 0.0: expected a"),
+    ("--mult 1,1,1,1 --blocks 1,1,1,1 --resolution 8", "coarsest stage of 2x2"),
+    ("--cfg 2 --label-dropout 0", "--cfg 2.0: needs a teacher that knows the null label"),
     ("--teacher-lr 2", "--teacher-lr 2.0: expected a number between 0 and 1"),
     ("--gan-weight -1", "expected at least 0"), ("--regression nan", "expected at least 0"),
     ("--dm-weight 0 --gan-weight 0", "nothing is left for the generator to learn from"),
     ("--teacher nowhere", "--teacher nowhere: holds no run of dmd2.py"),
-    ("--teacher FULL", "FULL: is no run folder and not empty"),
+    ("--teacher FULL", "--teacher FULL: --out FULL: is no run folder and not empty"),
     ("--k 0.25", "unrecognized arguments: --k 0.25")])
 def test_a_mistake_is_one_line_and_touches_nothing(line, message, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "text").write_text("text")
-    monkeypatch.setattr(dmd2, "teacher_loss", None)                     # nothing may train
+    monkeypatch.setattr(dmd2, "denoising_loss", None)                     # nothing may train
     with pytest.raises(fid.UserError) as error:
         dmd2.main(["--device", "cpu", "--resolution", "16", *line.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -394,8 +420,9 @@ def test_a_mistake_is_one_line_and_touches_nothing(line, message, small, tmp_pat
 
 
 @pytest.mark.parametrize("change, message", [
-    ("--channels 32", "does not fit this network"), ("data", "is of other data"),
-    ("unfinished", "its training stands at 1 of 2"), ("broken", "does not fit this network")])
+    ("--channels 32", "was trained with --channels 16, not 32; give that here too"),
+    ("--cfg 2", "was trained without null labels"), ("data", "is of other data"),
+    ("unfinished", "its training stands at 1 of 2"), ("broken", "cannot be read")])
 def test_a_teacher_that_does_not_fit(small, monkeypatch, tmp_path, change, message):
     first, line = tmp_path / "first", [*TINY, "--iters", "1"]
     dmd2.main([*line, "--out", str(first)])
@@ -408,7 +435,6 @@ def test_a_teacher_that_does_not_fit(small, monkeypatch, tmp_path, change, messa
         other = tuple(t[:50] for t in fid.shapes(16))
         monkeypatch.setattr(fid, "shapes", lambda resolution: other)
     more = change.split() if change.startswith("--") else []
-    line = [a for a in line if a not in ("--teacher-iters", "2", "--teacher-steps")]
     with pytest.raises(fid.UserError, match=message) as error:
         dmd2.main([*line, *more, "--teacher", str(first), "--out", str(tmp_path / "second")])
     assert "\n" not in str(error.value) and not (tmp_path / "second" / "checkpoint.pt").exists()

@@ -1,0 +1,998 @@
+"""add.py: Adversarial Diffusion Distillation (Sauer et al. 2023, arXiv 2311.17042).
+
+A diffusion model, the teacher, is made into a student that needs one to four calls, by
+
+    L = L_adv(x_hat) + lambda L_distill(x_hat),   x_hat = x_hat_theta(x_s, s)           (Eq. 1)
+    L_distill = c(t) |x_hat - x_hat_psi(alpha_t x_hat + sigma_t eps; t)|^2              (Eq. 4)
+
+where x_s is a real image noised to one of the student's four times s, L_adv the hinge loss of light
+discriminator heads on a frozen network's features (Eq. 2, 3), and psi the frozen teacher, which
+denoises the student's image once it is noised afresh.
+
+Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. All networks
+predict v = alpha_t eps - sigma_t x0, since at t = 1000 nothing else gives an image.
+
+    python add.py --steps 1                           # coloured shapes, on a CPU: twenty minutes
+    python add.py --steps 1,2,4                       # the same run, sampled in up to four calls
+    python add.py --data cifar10 --steps 1,4          # on a GPU
+
+Departs from the paper in (its training code is not public, and it leaves much open):
+  * everything is small, in pixels, trained from scratch, teacher included;
+  * the frozen feature network is by default the teacher's own encoder, which sees the images with
+    some noise (LADD, 2403.12015), not DINOv2, which is a download (--feature-net);
+  * the heads have group norm where StyleGAN-T's have its local batch norm, 3x3 convolutions on
+    feature maps where it has 1-d ones on tokens, and are averaged over places and images;
+  * c_text is the class; c_img, an embedding of x0, is left out of both sides of the hinge where
+    s = 1000: there the student cannot know which x0 is meant, and the heads would punish it for it;
+  * |.|^2 is a mean over the pixels, so lambda is not comparable; t is uniform in 1 .. 999;
+  * R1 has no factor 1/2; optimisers, rates, EMA and schedules are ours: the paper has none;
+  * NFSD's negative prompt is another class, drawn at random.
+"""
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import fid
+from fid import UserError, from_uint8, to_uint8
+from nets import UNet
+
+METHOD = "add"
+T = 1000                        # diffusion times 1 .. T; 0 is the image
+
+PRESETS = dict(
+    #            shapes     cifar10    folder     imagenet64
+    teacher_iters=(6000,    200_000,   100_000,   400_000),
+    teacher_batch=(16,      256,       64,        256),
+    teacher_lr =(5e-3,      1e-3,      2e-3,      5e-4),
+    teacher_ema=(0.995,     0.9995,    0.999,     0.9999),
+    iters      =(3000,      50_000,    30_000,    100_000),
+    batch      =(16,        128,       64,        128),
+    lr         =(1e-3,      2e-4,      2e-4,      1e-4),
+    disc_lr    =(2e-3,      1e-3,      1e-3,      1e-3),
+    ema        =(0.99,      0.999,     0.999,     0.999),
+    samples    =(2048,      50_000,    10_000,    50_000),
+    features   =("random",  "auto",    "auto",    "auto"),
+    resolution =(32,        32,        32,        64),
+    flip       =(False,     True,      True,      True),
+    channels   =(32,        96,        64,        128),
+    mult       =((1, 2, 4), (1, 2, 2), (1, 2, 4), (1, 2, 3, 4)),
+    blocks     =((1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 2, 2, 2)),
+    attention  =((),        (16,),     (8,),      (16, 8)),
+    dropout    =(0.0,       0.1,       0.1,       0.0),
+)
+STEPS = (1, 2, 4)
+
+
+def method_options(add):
+    add("--teacher", type=lambda path: str(pathlib.Path(path)),
+        help="folder of another run, to take its teacher instead of training one")
+    add("--teacher-iters", type=int, help="length of the teacher's training")
+    add("--teacher-batch", type=int, help="its images per update")
+    add("--teacher-lr", type=float, help="its peak learning rate")
+    add("--teacher-ema", type=float, help="its decay of the running mean")
+    add("--teacher-steps", type=int, help="DDIM steps to score the teacher with; 0: do not "
+        "[32 after a training, then 0]")
+    add("--taus", type=numbers, default=(250, 500, 750, 1000),
+        help="the student's times, in training and sampling; the last is pure noise")
+    add("--student-init", choices=["teacher", "random"], default="teacher",
+        help="random: Table 1c")
+    add("--distill-weight", type=float, default=2.5, help="lambda; 0: adversarial alone")
+    add("--adv-weight", type=float, default=1.0, help="of the adversarial loss; 0: distillation "
+        "alone")
+    add("--weighting", choices=["exponential", "sds", "nfsd"], default="exponential",
+        help="c(t) of the distillation loss")
+    add("--nfsd-scale", type=float, default=7.5, help="guidance within --weighting nfsd")
+    add("--teacher-denoise-steps", type=int, default=1,
+        help="DDIM steps to the teacher's target (Table 1f)")
+    add("--condition", choices=["none", "label", "image", "both"], default="both",
+        help="what the heads are told (Table 1b)")
+    add("--feature-net", choices=["teacher", "vit", "dinov2"], default="teacher",
+        help="what the heads see through: the teacher's encoder; torchvision's ViT-B/16; the "
+        "paper's DINOv2 ViT-S/14, by torch.hub, which runs that repository's code")
+    add("--feature-noise", type=int, default=250,
+        help="with the teacher's encoder: images are noised to a time up to this")
+    add("--disc-lr", type=float, help="the heads' learning rate")
+    add("--r1", type=float, default=1e-5, help="gamma, weight of R1 on the heads' input features")
+    add("--cfg", type=float, default=1.0, help="guidance of the teacher; 1: off")
+    add("--label-dropout", type=float, default=0.1, help="share of null labels, with --cfg or nfsd")
+
+
+def variant(given):
+    """What the name of the default run folder says besides method and data."""
+    return ""
+
+
+def check_method(args):
+    if not args.taus or sorted(set(args.taus)) != [*args.taus] or args.taus[-1] != T \
+            or args.taus[0] < 1:
+        raise UserError(f"--taus {show(args.taus)}: expected rising times from 1 to {T}, the last "
+                        f"{T}")
+    for n in args.steps:
+        if n < 1 or len(args.taus) % n:
+            able = [i for i in range(1, len(args.taus) + 1) if len(args.taus) % i == 0]
+            raise UserError(f"--steps {n}: a student of {len(args.taus)} --taus samples in "
+                            f"{show(able)}")
+    for name, low, high in [("teacher_iters", 1, 2 ** 31), ("teacher_batch", 1, 2 ** 31),
+                            ("teacher_steps", 0, T), ("teacher_denoise_steps", 1, T),
+                            ("feature_noise", 0, T)]:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    for name in ("teacher_lr", "disc_lr", "teacher_ema", "label_dropout"):
+        value = getattr(args, name)
+        if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
+                            "1")
+    args.nulls = args.cfg != 1 or args.weighting == "nfsd"  # the teacher must know the null label
+    if args.nulls and args.label_dropout == 0:
+        raise UserError("--cfg, --weighting nfsd: need a teacher that knows the null label; give a "
+                        "--label-dropout above 0")
+    weights = [args.distill_weight, args.adv_weight, args.nfsd_scale, args.r1, args.cfg]
+    if not all(0 <= w < math.inf for w in weights):
+        raise UserError("--distill-weight, --adv-weight, --nfsd-scale, --r1, --cfg: expected at "
+                        "least 0")
+    if args.distill_weight == args.adv_weight == 0:
+        raise UserError("--distill-weight 0 --adv-weight 0: nothing is left for the student to "
+                        "learn from")
+
+
+# ---- common: arguments ---------------------------------------------------------------------------
+
+KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
+# The options that may differ from call to call of one run.
+FREE = "steps teacher_steps samples labels features inception device compile npz out".split()
+
+
+def numbers(text):
+    return () if text == "none" else tuple(map(int, text.split(",")))
+
+
+def show(value):
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def refuse(message):                                    # argparse would print its usage, and exit
+    raise UserError(message)
+
+
+def parse_args(argv=None):
+    """What was given, over what an existing run was trained with, over the data set's preset."""
+    parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error, defaults = refuse, {}
+
+    def add(flag, default=None, help="", **kwargs):
+        name = flag[2:].replace("-", "_")
+        defaults[name] = PRESETS.get(name, (default,) * len(KINDS))
+        if name in PRESETS:
+            columns = zip(KINDS, PRESETS[name])
+            help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
+        elif default is not None and default is not False:
+            help += f" [{show(default)}]"
+        parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
+
+    add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
+    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
+        "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
+    add("--out", help=f"run folder [runs/{METHOD}-DATA]")
+    add("--iters", type=int, help="length of the training")
+    add("--batch", type=int, help="images per update")
+    add("--lr", type=float, help="peak learning rate")
+    add("--ema", type=float, help="decay of the running mean of the weights")
+    add("--seed", type=int, default=0, help="of the weights, the training and the samples")
+    add("--device", default="auto", help="cpu, cuda, mps")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 where the hardware is fast at it")
+    add("--compile", action="store_true", default=False, help="torch.compile the networks")
+    add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
+    add("--labels", help="classes to draw, a comma list of names or numbers")
+    add("--features", choices=["auto", "inception", "random"],
+        help="what to score with; auto: inception where its weights can be had")
+    add("--inception", help="path of the Inception weights")
+    add("--npz", action="store_true", default=False, help="keep the samples as samples-Nstep.npz")
+    add("--resolution", type=int, help="side of the images")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
+    add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
+    add("--mult", type=numbers, help="width of each stage, in --channels; each halves the side")
+    add("--blocks", type=numbers, help="residual blocks of each stage")
+    add("--attention", type=numbers, help="resolutions with self-attention, or none")
+    add("--dropout", type=float, help="in the residual blocks")
+    method_options(add)
+    given = vars(parser.parse_args(argv))
+
+    if given.get("data", "shapes") not in KINDS[:2]:                # imgs, imgs/ and ./imgs are one
+        path = str(pathlib.Path(given["data"]))
+        given["data"] = f"./{path}" if path in KINDS[:2] else path
+    name = pathlib.Path(given.get("data", "shapes")).resolve().name
+    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
+    stored = stored_args(folder)
+    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    if stored and given.get("precision") == "auto":         # what it came to is stored
+        del given["precision"]
+    args = {name: values[kind] for name, values in defaults.items()}
+    args |= {name: value for name, value in stored.items() if name not in FREE}
+    for name, value in given.items():
+        if stored and name not in FREE and args[name] != value:
+            raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
+                            f"{show(args[name])}, not {show(value)}; give another --out")
+    args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
+
+    for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
+        if not low <= getattr(args, name) < 2 ** 31:
+            raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
+    if args.samples == 1:
+        raise UserError("--samples 1: has no covariance; give 0, or at least 2")
+    for name in ("lr", "ema", "dropout"):
+        value = getattr(args, name)
+        if not 0 <= value < 1 or name == "lr" and value == 0:
+            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
+    if args.channels % 16:
+        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
+    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
+        raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
+    if args.resolution % 2 ** (len(args.mult) - 1):
+        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
+                        "times, once between two stages of --mult")
+    for side in args.attention:
+        if side not in [args.resolution >> i for i in range(len(args.mult))]:
+            raise UserError(f"--attention {side}: no stage has that resolution")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun: this version trains in one process")
+    check_method(args)
+    if not args.steps:
+        raise UserError("--steps: needs a number")
+    return args
+
+
+def stored_args(folder):
+    """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
+    path = folder / "args.json"
+    try:
+        if not path.exists():
+            ours = ("progress", "pairs.npz", ".args.json")  # left by a start that got nowhere
+            if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
+                raise UserError(f"--out {folder}: is no run folder and not empty; give another")
+            return {}
+        stored = json.loads(path.read_text())["args"]
+        stored = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
+    if stored.get("method") != METHOD:
+        raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
+    return stored if (folder / "checkpoint.pt").exists() else {}
+
+
+def set_up(args):
+    """-> the device, and the autocast context that networks run in. Settles args.precision."""
+    device = fid.pick_device(args.device)
+    if args.precision == "auto":
+        has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
+        fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
+                    cuda=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)
+        args.precision = "bf16" if fast.get(device.type) else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def expand(t):
+    return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
+
+
+def warmup_cosine(opt, iters):
+    """The learning rate over a training: up for 100 steps or a tenth, then down to zero."""
+    warmup = min(100, iters // 10 + 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / iters))) / 2)
+
+
+# ---- schedule ------------------------------------------------------------------------------------
+
+def vp_schedule():
+    """alpha, sigma [T + 1] of the times 0 .. T, alpha^2 + sigma^2 = 1, alpha_T exactly 0.
+
+    DDPM's linear betas, their sqrt(alpha_bar) shifted and scaled so that the last has no signal
+    left and the first is as it was (Lin et al. 2023, 2305.08891, Algorithm 1).
+    """
+    alpha = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])
+    return alpha.float(), (1 - alpha ** 2).sqrt().float()
+
+
+# ---- the networks --------------------------------------------------------------------------------
+
+class Denoiser(nn.Module):
+    """x_hat(x_t, t, y): the image expected behind x_t = alpha_t x0 + sigma_t eps, by v-prediction.
+
+    v = c_skip x_t + c_out net(x_t / S), with S^2 = sigma^2 + (alpha a)^2 the variance of x_t for
+    images of variance a^2: c_skip x_t is the best linear guess of v, c_out the deviation of the
+    rest, so that the network's target has variance one at every t (as EDM preconditions).
+    """
+
+    def __init__(self, net, alpha, sigma, a=0.5):
+        super().__init__()
+        self.net, self.a = net, a
+        self.register_buffer("alpha", alpha, persistent=False)
+        self.register_buffer("sigma", sigma, persistent=False)
+
+    def noised(self, x0, t, eps):
+        return expand(self.alpha[t]) * x0 + expand(self.sigma[t]) * eps
+
+    def S(self, t):
+        return (self.sigma[t] ** 2 + (self.alpha[t] * self.a) ** 2).sqrt()
+
+    def v(self, x, t, y):
+        S = self.S(t)
+        c_skip = self.alpha[t] * self.sigma[t] * (1 - self.a ** 2) / S ** 2
+        return expand(c_skip) * x + expand(self.a / S) * self.net(x / expand(S), t / T, y=y)
+
+    def forward(self, x, t, y):
+        return expand(self.alpha[t]) * x - expand(self.sigma[t]) * self.v(x, t, y)
+
+    def eps(self, x, t, y):
+        return expand(self.sigma[t]) * x + expand(self.alpha[t]) * self.v(x, t, y)
+
+    def encode(self, x, t, y):
+        return self.net.encode(x / expand(self.S(t)), t / T, y=y)
+
+
+class VisionTransformer(nn.Module):
+    """A pretrained transformer as feature network: patch tokens after four of its blocks, the class
+    token added to each, as maps [B, C, H, W] (StyleGAN-T). Images in [-1, 1]."""
+
+    def __init__(self, name):
+        super().__init__()
+        try:
+            if name == "vit":
+                weights = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1
+                self.vit = torchvision.models.vit_b_16(weights=weights)
+                blocks = self.vit.encoder.layers
+            else:
+                self.vit = torch.hub.load("facebookresearch/dinov2", "dinov2_vits14")
+                blocks = self.vit.blocks
+        except Exception as error:                          # no network, no space, no such file
+            raise UserError(f"--feature-net {name}: cannot be had "
+                            f"({' '.join(str(error).split())[:120]}); take --feature-net teacher") \
+                from None
+        self.maps = []
+        for i in (2, 5, 8, 11):
+            blocks[i].register_forward_hook(lambda module, inputs, tokens: self.maps.append(tokens))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, x):
+        x = F.interpolate((x + 1) / 2, (224, 224), mode="bilinear", antialias=True)
+        self.maps.clear()
+        self.vit((x - self.mean) / self.std)
+        tokens = [(t[:, 1:] + t[:, :1]).mT for t in self.maps]
+        return [t.unflatten(2, (math.isqrt(t.shape[2]), -1)).float() for t in tokens]
+
+
+class Head(nn.Module):
+    """Features [B, C, H, W], condition [B, E] or None -> logits [B, H, W] (StyleGAN-T's heads)."""
+
+    def __init__(self, channels, condition):
+        super().__init__()
+        sn, groups = nn.utils.parametrizations.spectral_norm, max(1, channels // 16)
+        unit = lambda size: nn.Sequential(
+            sn(nn.Conv2d(channels, channels, size, padding="same", padding_mode="circular")),
+            nn.GroupNorm(groups, channels), nn.LeakyReLU(0.2))
+        self.first, self.residual = unit(1), unit(3)
+        self.out = sn(nn.Conv2d(channels, 64 if condition else 1, 1))
+        self.project = nn.Linear(condition, 64) if condition else None
+
+    def forward(self, h, c):
+        h = self.first(h)
+        h = self.out((h + self.residual(h)) / math.sqrt(2))
+        if self.project is not None:
+            h = (h * self.project(c)[:, :, None, None]).sum(1, keepdim=True) / math.sqrt(64)
+        return h[:, 0].float()
+
+
+class Discriminator(nn.Module):
+    """A head for each of the frozen network's feature maps, told the label and what x0 was.
+
+    channels: of the maps. condition: none, label, image or both. `image` is the embedding of x0
+    [B, C_last]; where `known` [B] is False a learned vector stands in its place.
+    """
+
+    def __init__(self, channels, num_classes, condition):
+        super().__init__()
+        label, image = condition in ("label", "both"), condition in ("image", "both")
+        self.label = nn.Embedding(num_classes + 1, 64) if label else None
+        self.image = nn.Linear(channels[-1], 64) if image else None
+        self.unknown = nn.Parameter(torch.zeros(64)) if image else None
+        self.heads = nn.ModuleList(Head(c, 64 * (label + image)) for c in channels)
+
+    def forward(self, features, y, image, known):
+        c = [] if self.label is None else [self.label(y)]
+        if self.image is not None:
+            c.append(torch.where(known[:, None], self.image(image), self.unknown))
+        c = torch.cat(c, 1) if c else None
+        return [head(f, c) for head, f in zip(self.heads, features)]
+
+
+# ---- losses --------------------------------------------------------------------------------------
+# x0, x_hat, eps [B, 3, R, R]; t, y [B] int64. Losses are means over the batch, and over all
+# elements of an image or a map of logits; the heads' are added up.
+
+def guided(teacher, x, t, y, cfg_scale=1.0, null_class=0):
+    """v of the teacher with classifier-free guidance; 1: off."""
+    v = teacher.v(x, t, y)
+    if cfg_scale == 1:
+        return v
+    v_null = teacher.v(x, t, torch.full_like(y, null_class))
+    return v_null + cfg_scale * (v - v_null)
+
+
+def teacher_loss(D, x0, t, eps, y):
+    """|v_hat - (alpha_t eps - sigma_t x0)|^2, t uniform in 1 .. T (Salimans and Ho, 2202.00512)."""
+    v = expand(D.alpha[t]) * eps - expand(D.sigma[t]) * x0
+    return (D.v(D.noised(x0, t, eps), t, y) - v).square().mean()
+
+
+def adversarial_loss(logits_fake):
+    """Eq. 2: the student's hinge loss, over all heads."""
+    return sum(-logits.mean() for logits in logits_fake)
+
+
+def discriminator_loss(logits_real, logits_fake):
+    """Eq. 3 without R1: the heads' hinge loss."""
+    return sum(F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+               for real, fake in zip(logits_real, logits_fake))
+
+
+def r1_penalty(logits_real, features):
+    """R1 of Eq. 3: |d D_k / d F_k|^2, of each head at its own input features of real images."""
+    total = sum(logits.mean((1, 2)).sum() for logits in logits_real)
+    grads = torch.autograd.grad(total, features, create_graph=True)
+    return sum(g.square().sum((1, 2, 3)).mean() for g in grads)
+
+
+def weight(weighting, alpha, sigma):
+    """c(t). sds: alpha w / (2 sigma) with w = sigma^2, which makes Eq. 4's gradient that of score
+    distillation sampling, w (eps_hat - eps) (appendix A)."""
+    return alpha if weighting == "exponential" else alpha * sigma ** 2 / (2 * sigma)
+
+
+def distillation_loss(teacher, x_hat, t, eps, y, c, steps=1, cfg_scale=1.0, null_class=0):
+    """Eq. 4. The teacher sees the student's image noised afresh, and is a constant target.
+
+    c [B]: the weighting at t. steps: DDIM steps from t to the target (Table 1f).
+    """
+    with torch.no_grad():
+        x_t = teacher.noised(x_hat, t, eps)
+        target = ddim(teacher, x_t, t, y, steps, cfg_scale, null_class)
+    return (expand(c) * (x_hat - target).square()).mean()
+
+
+def nfsd_loss(teacher, x_hat, t, eps, y, y_other, scale, null_class):
+    """Noise-free score distillation (Katzir et al., 2310.17590, Eq. 6): the gradient is
+    w (delta_D + s delta_C), in which the added noise eps is not subtracted."""
+    with torch.no_grad():
+        x_t, sigma = teacher.noised(x_hat, t, eps), expand(teacher.sigma[t])
+        eps_y, eps_null, eps_other = (teacher.eps(x_t, t, label) for label in (
+            y, torch.full_like(y, null_class), y_other))
+        delta_C = eps_y - eps_null
+        delta_D = torch.where(expand(t < 0.2 * T), eps_null, eps_null - eps_other)
+        target = x_hat - sigma ** 2 * (delta_D + scale * delta_C)
+    return 0.5 * (x_hat - target).square().mean()
+
+
+# ---- samplers ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def ddim(teacher, x, t, y, steps, cfg_scale=1.0, null_class=0):
+    """From x_t at times t [B] to images, in equal steps of time (Song et al., 2010.02502)."""
+    for i in range(steps):
+        now, then = t - t * i // steps, t - t * (i + 1) // steps
+        v = guided(teacher, x, now, y, cfg_scale, null_class)
+        x0 = expand(teacher.alpha[now]) * x - expand(teacher.sigma[now]) * v
+        eps = expand(teacher.sigma[now]) * x + expand(teacher.alpha[now]) * v
+        x = teacher.noised(x0, then, eps)
+    return x
+
+
+@torch.no_grad()
+def sample(student, noise, y, taus):
+    """Predict the image and noise it afresh, down the times `taus` (falling, from pure noise)."""
+    x = noise()
+    for i, tau in enumerate(taus):
+        x_hat = student(x, torch.full_like(y, tau), y)
+        if i + 1 < len(taus):
+            x = student.noised(x_hat, torch.full_like(y, taus[i + 1]), noise())
+    return x_hat
+
+
+# ---- common: the run folder ----------------------------------------------------------------------
+
+class Run:
+    """A run folder: arguments, log, checkpoint and pictures, and the signals that end a run.
+
+    modules: by name, all that a resumed training must find as it was. There is no random state to
+    keep: each step seeds the generators by (seed, step).
+    """
+
+    def __init__(self, args, device, images, modules):
+        self.args, self.device, self.modules = args, device, modules
+        self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
+        self.data = [len(images.labels), *images.classes]   # another data set is another run
+        self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
+        self.checkpoint = self.folder / "checkpoint.pt"
+        try:
+            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+        if self.checkpoint.exists():
+            self.load()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        """Training ends after its step, anything else now; a second signal ends that as well."""
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+        if not self.training:
+            kept = "; the training is kept, the same command uses it" * (self.step > 0)
+            print(f"\nstopped{kept}")
+            sys.exit(128 + number)
+
+    def write(self, name, write):
+        """Write a file by write(path), under a temporary name: whole or not at all."""
+        path = self.folder / name
+        temporary = path.with_name(f".{path.name}")     # keeps the ending, which says the format
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
+                            "what was there is kept") from None
+
+    def save(self):
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= dict(method=METHOD, step=self.step, data=self.data)
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+
+    def load(self):
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if state["method"] != METHOD:
+                raise UserError(f"is of {state['method']}.py")
+            if state["data"] != self.data:
+                raise UserError(f"is of other data: {state['data'][0]} images, now {self.data[0]}, "
+                                f"{len(state['data']) - 1} classes, now {len(self.data) - 1}, "
+                                "or other names of classes")
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            self.step = state["step"]
+        except Exception as error:                          # torch raises all sorts on a bad file
+            why = error if isinstance(error, UserError) else f"does not load: {error!r}"
+            raise UserError(f"{self.checkpoint}: {' '.join(str(why).split())[:200]}; "
+                            "give another --out, or move it away to train anew") from None
+
+    def begin(self, what, end):
+        """Before the first step of a process: record it, and cut the log back to the checkpoint."""
+        try:
+            git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                                 text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
+        except OSError:                                     # no git on this machine
+            git = ""
+        cuda = self.device.type == "cuda"
+        hardware = torch.cuda.get_device_name(self.device) if cuda else \
+            f"{platform.machine()} {self.device}, {torch.get_num_threads()} threads"
+        about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
+                     python=platform.python_version(), torch=torch.__version__)
+        self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+        self.rows = [row for row in self.read_csv("log.csv") if int(row["step"]) <= self.step]
+        print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
+              f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
+
+    def steps(self, end, what, images):
+        """Yield the steps up to `end`; after each keep what is due, and stop if a signal came.
+
+        One counter runs through all phases of a training. images: how many a step takes.
+        """
+        if self.step >= end:
+            return
+        self.begin(what, end)
+        self.images = images
+        self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
+        with tqdm(total=end, initial=self.step, desc=what, unit="it", disable=None) as self.bar:
+            while self.step < end:
+                torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                stop, last = self.signal, self.step == end
+                due = stop or last or time.monotonic() - saved > 60
+                if due or self.step % 50 == 0:
+                    self.log()                              # first: it refuses what is not finite
+                if due:
+                    self.save()
+                    saved = time.monotonic()
+                if stop:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}; the same command goes on from there")
+                    sys.exit(128 + stop)
+        self.training = False
+        if self.signal:                                     # it came with the last checkpoint
+            sys.exit(128 + self.signal)
+
+    def add(self, **scalars):
+        """Sum a step's scalars, on the device, for the next row of the log."""
+        for name, value in scalars.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value, count + 1
+
+    def log(self):
+        """One row of log.csv, means since the last; ends the run if one is not finite."""
+        (then, step), now = self.since, time.monotonic()
+        row = {name: float(total / count) for name, (total, count) in self.sums.items()}
+        row["img_per_s"] = (self.step - step) * self.images / (now - then)
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
+                                "kept. Train anew into another --out, with a lower learning rate")
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
+        self.rows.append(dict(step=self.step) | self.counts
+                         | {n: f"{value:.6g}" for n, value in row.items()})
+        self.sums, self.since = {}, (now, self.step)
+        self.write_csv("log.csv", self.rows)
+
+    def read_csv(self, name):
+        path = self.folder / name
+        try:
+            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            if all(row["step"].isdecimal() for row in rows):
+                return rows
+        except (OSError, ValueError, LookupError, AttributeError, csv.Error):
+            pass
+        raise UserError(f"{path}: cannot be read as a table of steps; move it away")
+
+    def write_csv(self, name, rows):
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
+                writer.writeheader()
+                writer.writerows(rows)
+        self.write(name, write)
+
+
+# ---- common: pictures and scores -----------------------------------------------------------------
+
+def noise_of(samples, args, device="cpu"):
+    """-> noise(), which at each call gives these samples (a range) fresh noise [n, 3, R, R].
+
+    Each sample has a seed of its own: none depends on the batch or the device it is drawn on.
+    """
+    rngs = [torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000_000 + i) for i in samples]
+    shape = 3, args.resolution, args.resolution
+    return lambda: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+
+
+def classes_to_draw(args, images):
+    """The classes that samples run through in turn [C] int64;
+    the null class where there are none."""
+    if not args.labels:
+        return torch.arange(max(1, len(images.classes)))
+    picked = []
+    for name in map(str.strip, args.labels.split(",")):
+        if name in images.classes:
+            picked.append(images.classes.index(name))
+        elif name.isdecimal() and int(name) < len(images.classes):
+            picked.append(int(name))
+        else:
+            known = ", ".join(images.classes[:12]) or "none"
+            raise UserError(f"--labels {name}: {images.name} has the classes {known}"
+                            + ", ..." * (len(images.classes) > 12))
+    return torch.tensor(picked)
+
+
+def save_grid(run, name, pixels, columns=10):
+    """A picture of uint8 images [N, 3, R, R], row by row, enlarged where they are small."""
+    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2, pad_value=40)
+    scale = max(1, 64 // run.args.resolution)
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)
+
+
+class Scorer:
+    """The feature network and the reference statistics: asked for before the training, so that
+    what cannot work is said at once; computed when first needed."""
+
+    def __init__(self, args, device, images):
+        self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
+        self.classes, self.reference = classes_to_draw(args, images), None
+        self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
+        self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
+        if args.samples and len(self.labels) < 2:
+            raise UserError(f"{self.name}: too few images to score against; give --samples 0")
+        self.net = (fid.load_features(args.features, device, args.inception)
+                    if args.samples else None)
+
+    def __call__(self, pixels):
+        """The distance of samples [N, 3, R, R] uint8 to the data."""
+        if self.reference is None:
+            self.reference = fid.reference(self.net, self.images.pixels[self.wanted])
+        return fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
+
+
+def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
+    """Sample at each number of steps, save the pictures, score, and print a protocol line each.
+
+    generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
+    """
+    args, classes = run.args, scorer.classes
+    for n in steps:
+        count = max(args.samples, 80)                       # the picture takes 80
+        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
+        known = scorer.labels if len(scorer.labels) else classes
+        labels = known[torch.arange(count) * len(known) // count]
+        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+        labels[:80] = classes.repeat(10)[:10].repeat(8)
+        pixels, spent = [], 0.0
+        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
+            for i in range(0, count, 256):
+                y, start = labels[i:i + 256].to(run.device), time.perf_counter()
+                noise = noise_of(range(i, i + len(y)), args, run.device)
+                pixels.append(to_uint8(generate(noise, y, n)).cpu())        # .cpu() waits
+                spent += time.perf_counter() - start
+                bar.update(len(y))
+        pixels = torch.cat(pixels)
+        save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
+        if args.npz:
+            images = pixels.permute(0, 2, 3, 1).numpy()
+            run.write(f"{prefix}-{n}step.npz",
+                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
+        if not args.samples:
+            continue
+        value, speed = scorer(pixels[:args.samples]), count / spent
+        print(fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
+                           scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
+              flush=True)
+        row = dict(step=run.step, metric=scorer.net.label, value=value, samples=args.samples,
+                   reference=scorer.reference.n, data=scorer.name, nfe=nfe(n), who=who,
+                   img_per_s=speed)
+        run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
+    print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
+
+
+# ---- common to add.py and dmd2.py: another run's teacher -----------------------------------------
+
+def load_teacher(folder, teacher_ema, run, nulls):
+    """The teacher in another run's folder. nulls: it must know the null label."""
+    try:
+        stored = stored_args(pathlib.Path(folder))
+        if not stored:
+            raise UserError(f"holds no run of {METHOD}.py")
+        for name in ("resolution", "channels", "mult", "blocks", "attention"):
+            if stored[name] != getattr(run.args, name):
+                raise UserError(f"was trained with --{name} {show(stored[name])}, not "
+                                f"{show(getattr(run.args, name))}; give that here too")
+        if nulls and not stored["nulls"]:
+            raise UserError("was trained without null labels; train it with --cfg to guide it")
+        path = pathlib.Path(folder) / "checkpoint.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
+            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
+        if state["data"] != run.data:
+            raise UserError("is of other data")
+        teacher_ema.load_state_dict(state["teacher_ema"])
+    except Exception as error:                              # torch raises all sorts on a bad file
+        why = error if isinstance(error, UserError) else f"cannot be read: {error!r}"
+        why = " ".join(str(why).split())[:200].replace("; give another --out", "")
+        raise UserError(f"--teacher {folder}: {why}") from None
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def draw(run, student, teacher, classes, name):
+    """A picture of the training so far, of fixed noise: the student's images in one call and in
+    all, and what the teacher makes of the first once noised to t = 500."""
+    y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
+    x_hat = sample(student, noise, y, [T])
+    refined = sample(student, noise_of(range(10), run.args, run.device), y, run.args.taus[::-1])
+    t = torch.full_like(y, T // 2)
+    with torch.no_grad():
+        rows = [x_hat, refined, teacher(teacher.noised(x_hat, t, noise()), t, y)]
+    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, autocast = set_up(args)
+    images = fid.load_images(args.data, args.resolution)
+    scorer, null_class = Scorer(args, device, images), len(images.classes)
+    if args.nulls and len(images.classes) < 2:
+        raise UserError(f"--cfg, --weighting nfsd: {images.name} has no classes to guide to")
+    pixels, labels = images.pixels.to(device), images.labels.to(device)
+
+    torch.manual_seed(args.seed)
+    teacher, student = (
+        Denoiser(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention,
+                      null_class, dropout=args.dropout), *vp_schedule())
+        .to(device, memory_format=torch.channels_last) for _ in range(2))
+    teacher_ema = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(args.teacher_ema))
+    student_ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    for net in (teacher_ema, student, student_ema):         # from here on: no dropout
+        net.eval()
+    psi, cfg = teacher_ema.module.requires_grad_(False), dict(cfg_scale=args.cfg,
+                                                              null_class=null_class)
+    vit = None
+    if args.feature_net != "teacher":
+        vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
+
+    def extract(x, y, t, eps):
+        """The frozen network's feature maps of images; the teacher's encoder sees them noised."""
+        return vit(x) if vit else psi.encode(psi.noised(x, t, eps), t, y)
+
+    probe = torch.zeros(1, 3, args.resolution, args.resolution, device=device)
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    widths = [f.shape[1] for f in extract(probe, zero, zero, probe)]
+    disc = Discriminator(widths, null_class, args.condition).to(device)
+    adam = lambda params, lr, betas=(0.9, 0.99), decay=0.01: torch.optim.AdamW(
+        params, lr, betas, weight_decay=decay, fused=True)
+    opt_teacher = adam(teacher.parameters(), args.teacher_lr)
+    opt_student = adam(student.parameters(), args.lr)
+    opt_disc = adam(disc.parameters(), args.disc_lr, (0.0, 0.99), 0.0)      # as StyleGAN-T's
+    schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
+    schedule_student, schedule_disc = (warmup_cosine(opt, args.iters)
+                                       for opt in (opt_student, opt_disc))
+    run = Run(args, device, images, dict(
+        teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
+        schedule_teacher=schedule_teacher, student=student, student_ema=student_ema,
+        opt_student=opt_student, schedule_student=schedule_student, disc=disc, opt_disc=opt_disc,
+        schedule_disc=schedule_disc))
+    if args.teacher and not run.step:
+        load_teacher(args.teacher, teacher_ema, run, args.nulls)
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        for net in (teacher.net, psi.net, student.net, student_ema.module.net):
+            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
+
+    def teach(noise, y, steps):
+        with autocast:
+            return ddim(psi, noise(), torch.full_like(y, T), y, steps, **cfg)
+
+    def batch(n):
+        i = torch.randint(len(pixels), (n,), device=device)
+        x0 = from_uint8(pixels[i])
+        if args.flip:
+            x0 = torch.where(expand(torch.rand(n, device=device) < 0.5), x0.flip(3), x0)
+        return x0, labels[i]
+
+    begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
+    end, trained = begin + args.iters, run.step < begin + args.iters
+    steps = (32 if trained else 0) if args.teacher_steps is None else args.teacher_steps
+
+    # Phase 1: the teacher.
+    for step in run.steps(begin, "teacher", args.teacher_batch):
+        x0, y = batch(args.teacher_batch)
+        if args.nulls:
+            drop = torch.rand(len(y), device=device) < args.label_dropout
+            y = torch.where(drop, null_class, y)
+        t = torch.randint(1, T + 1, (len(y),), device=device)
+        with autocast:
+            loss = teacher_loss(teacher, x0, t, torch.randn_like(x0), y)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        opt_teacher.step()
+        schedule_teacher.step()
+        opt_teacher.zero_grad()
+        teacher_ema.update_parameters(teacher)
+        run.add(loss_teacher=loss.detach(), grad_norm=grad_norm)
+        if (step + 1) % max(1, args.teacher_iters // 5) == 0:
+            y = scorer.classes.repeat(10)[:10].to(device)
+            x0 = teach(noise_of(range(10), args, device), y, steps or 32)
+            save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
+    if run.step == begin and args.student_init == "teacher":
+        student.load_state_dict(psi.state_dict())
+
+    # Phase 2: the student and the heads, an update of each.
+    taus = torch.tensor(args.taus, device=device)
+    for step in run.steps(end, "distillation", args.batch):
+        x0, y = batch(args.batch)
+        s = taus[torch.randint(len(taus), y.shape, device=device)]
+        x_s = student.noised(x0, s, torch.randn_like(x0))
+        with autocast:
+            x_hat = student(x_s, s, y)
+        leaf = x_hat.detach().requires_grad_()
+
+        # The heads. F is frozen: its features of the student's images serve both updates.
+        t_F = torch.randint(args.feature_noise + 1, y.shape, device=device)
+        with autocast:
+            features = extract(leaf, y, t_F, torch.randn_like(x0))
+            with torch.no_grad():
+                real = extract(x0, y, t_F, torch.randn_like(x0))
+                image = extract(x0, y, torch.zeros_like(t_F), x0)[-1].mean((2, 3)).float()
+        known = s < T                                       # where x_s says nothing of x0: no c_img
+        real = [f.float().requires_grad_() for f in real]
+        with autocast:
+            logits_real = disc(real, y, image, known)
+            logits_fake = disc([f.detach() for f in features], y, image, known)
+        loss_disc = discriminator_loss(logits_real, logits_fake)
+        penalty = r1_penalty(logits_real, real) if args.r1 else torch.zeros(())
+        (loss_disc + args.r1 * penalty).backward()
+        nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
+        opt_disc.step()
+        opt_disc.zero_grad()
+
+        # The student: both gradients at its images, to be watched there, then one pass through it.
+        t, eps = torch.randint(1, T, y.shape, device=device), torch.randn_like(x0)
+        with autocast:
+            loss_adv = adversarial_loss(disc(features, y, image, known))
+            if args.weighting == "nfsd":
+                other = (y + torch.randint(1, null_class, y.shape, device=device)) % null_class
+                loss_distill = nfsd_loss(psi, leaf, t, eps, y, other, args.nfsd_scale, null_class)
+            else:
+                c = weight(args.weighting, psi.alpha[t], psi.sigma[t])
+                loss_distill = distillation_loss(psi, leaf, t, eps, y, c,
+                                                 args.teacher_denoise_steps, **cfg)
+        grad_adv = args.adv_weight * torch.autograd.grad(loss_adv, leaf)[0]
+        grad_distill = args.distill_weight * torch.autograd.grad(loss_distill, leaf)[0]
+        x_hat.backward(grad_adv + grad_distill)
+        grad_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        opt_student.step()
+        opt_student.zero_grad()
+        schedule_student.step(), schedule_disc.step()
+        student_ema.update_parameters(student)
+        with torch.no_grad():
+            mean = lambda logits: sum(l.mean() for l in logits) / len(logits)
+            run.add(loss_disc=loss_disc.detach(), loss_adv=loss_adv.detach(),
+                    loss_distill=loss_distill.detach(), r1=penalty.detach(),
+                    d_real=mean(logits_real), d_fake=mean(logits_fake), grad_norm=grad_norm,
+                    grad_adv=grad_adv.norm(), grad_distill=grad_distill.norm(),
+                    mean=leaf.mean(), std=leaf.std())
+        done = step + 1 - begin
+        if done % max(1, args.iters // 10) == 0:
+            with autocast:
+                draw(run, student_ema.module, psi, scorer.classes, f"progress/{step + 1:07d}.png")
+
+    def sampler(net):
+        def generate(noise, y, steps):
+            with autocast:
+                return sample(net, noise, y, args.taus[::-1][::len(args.taus) // steps])
+        return generate
+    if steps:
+        evaluate(run, scorer, teach, [steps], "teacher ema", "teacher",
+                 lambda n: n if args.cfg == 1 else 2 * n)
+    evaluate(run, scorer, sampler(student), args.steps, "student", "raw")
+    evaluate(run, scorer, sampler(student_ema.module), args.steps, "student ema")
+
+
+# ---- common: errors ------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"{METHOD}.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"{METHOD}.py: out of memory; give a smaller batch or --channels, another --out",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:                               # before there is anything to keep
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
