@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 import pytest
@@ -13,3 +14,12 @@ def cache(monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(fid, "CACHE", folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def the_old_signals():
+    """A run installs signal handlers."""
+    old = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for n, handler in old:
+        signal.signal(n, handler)

@@ -24,16 +24,11 @@ TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 -
 
 
 @pytest.fixture(autouse=True)
-def small_and_with_the_old_signals(monkeypatch):
-    """A run installs signal handlers."""
-    old = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+def small(monkeypatch):
     monkeypatch.setattr(fid, "shapes",
                         lambda resolution: SMALL[resolution])           # 200 images, drawn once
     monkeypatch.setattr(shortcut, "draw", lambda run, generate, classes, name, draw=shortcut.draw:
                         draw(run, lambda z, y, n: generate(z, y, min(n, 4)), classes, name))
-    yield
-    for n, handler in old:
-        signal.signal(n, handler)
 
 
 SMALL = {r: fid.shapes(200, r) for r in (16, 32)}

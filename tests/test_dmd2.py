@@ -454,3 +454,81 @@ def test_every_switch_trains_and_samples(small, tmp_path, line):
     names = {p.name for p in (tmp_path / "run").iterdir()}
     steps = line.split()[1].split(",") if "--steps" in line else ["1"]
     assert names >= {f"{who}-{n}step.png" for who in ("samples", "raw") for n in steps}
+
+
+# ---- what main passes to the losses --------------------------------------------------------------
+
+def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path):
+    """Noise levels over 2 to 98 % of the table for the generator, over all of it for the fake
+    score; the generator is told the level of the call that its input is of."""
+    levels, events, drawn = karras(1000).float(), [], dict(generator=[], fake=[])
+    def simulate(G, noise, y, tau, k):
+        x = step_input(G, noise, y, tau, k)
+        events.append(("simulated", k))
+        return x
+    def forward(self, x, sigma, y, real=EDM.forward):
+        events.append(("called", float(sigma[0])))
+        return real(self, x, sigma, y)
+    def record(name, at):
+        real = getattr(dmd2, name)
+        def losses(*args):
+            drawn[name.split("_")[0]].append(args[at])
+            return real(*args)
+        monkeypatch.setattr(dmd2, name, losses)
+    monkeypatch.setattr(dmd2, "step_input", simulate)
+    monkeypatch.setattr(dmd2.EDM, "forward", forward)
+    record("generator_losses", 4)
+    record("fake_score_losses", 4)
+    for name in "draw", "evaluate":
+        monkeypatch.setattr(dmd2, name, lambda *args: None)
+    dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "40", "--batch", "32",
+               "--train-steps", "4", "--fake-updates", "2"])
+    for name, low, high in ("generator", 20, 980), ("fake", 0, 999):
+        index = torch.cat(drawn[name])[:, None].sub(levels).abs().argmin(1)
+        assert low <= index.min() < low + 15 and high - 15 < index.max() <= high
+        assert index.double().mean().item() == approx((low + high) / 2, abs=40)
+    pairs = [(a[1], b[1]) for a, b in zip(events, events[1:]) if a[0] == "simulated"]
+    assert len(pairs) == 80 and {k for k, _ in pairs} == {0, 1, 2, 3}
+    assert all(sigma == approx(taus(4)[k], rel=1e-5) for k, sigma in pairs)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_the_generator_goes_down_both_gradients(small, monkeypatch, tmp_path, slot):
+    means = []
+    def losses(real_score, fake_score, disc, x0, *rest):
+        means.append(x0.mean().item())
+        pair = [0 * x0.sum(), 0 * x0.sum()]
+        pair[slot] = (x0 - 1).square().mean()
+        return pair
+    monkeypatch.setattr(dmd2, "generator_losses", losses)
+    dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "30", "--lr", "1e-2",
+               "--gan-weight", "1", "--fake-updates", "1"])
+    assert np.mean(means[-5:]) > np.mean(means[:5]) + .3
+
+
+def test_the_ema_is_the_closed_form_and_is_what_is_scored(small, monkeypatch, tmp_path):
+    history, scored = [], {}
+    def update(self, net, real=dmd2.AveragedModel.update_parameters):
+        history.append({n: p.clone() for n, p in net.named_parameters()})
+        real(self, net)
+    def evaluate(run, scorer, generate, steps, who, *rest):
+        y = torch.arange(4)
+        scored[who] = generate(dmd2.noise_of(range(4), run.args), y, 1), run.args
+    monkeypatch.setattr(dmd2, "evaluate", evaluate)
+    monkeypatch.setattr(dmd2.AveragedModel, "update_parameters", update)
+    dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "3", "--ema", "0.7",
+               "--teacher-ema", "0.2", "--lr", "1e-2"])
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")
+    (t1, t2), (g1, g2, g3) = history[:2], history[2:]
+    G = EDM(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
+    for name in t1:
+        ema = lambda key: state[key][f"module.{name}"]
+        assert_close(ema("teacher_ema"), .2 * t1[name] + .8 * t2[name], atol=1e-6, rtol=0)
+        assert_close(ema("generator_ema"), .49 * g1[name] + .21 * g2[name] + .3 * g3[name],
+                     atol=1e-6, rtol=0)
+    for who, key in ("generator", "generator"), ("generator ema", "generator_ema"):
+        G.load_state_dict({k.removeprefix("module."): v for k, v in state[key].items()
+                           if k != "n_averaged"})
+        images, args = scored[who]
+        assert_close(images, sample(G, dmd2.noise_of(range(4), args), torch.arange(4), taus(1)))
+    assert scored.keys() == {"teacher ema", "generator", "generator ema"}
