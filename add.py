@@ -10,22 +10,25 @@ discriminator heads on a frozen network's features (Eq. 2, 3), and psi the froze
 denoises the student's image once it is noised afresh.
 
 Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. All networks
-predict v = alpha_t eps - sigma_t x0, since at t = 1000 nothing else gives an image.
+predict v = alpha_t eps - sigma_t x0: of a predicted eps, no image could be had at t = 1000.
 
     python add.py --steps 1                           # coloured shapes, on a CPU: twenty minutes
     python add.py --steps 1,2,4                       # the same run, sampled in up to four calls
     python add.py --data cifar10 --steps 1,4          # on a GPU
 
 Departs from the paper in (its training code is not public, and it leaves much open):
-  * everything is small, in pixels, trained from scratch, teacher included;
+  * everything is small, in pixels, trained from scratch, teacher included; DDPM's linear betas;
   * the frozen feature network is by default the teacher's own encoder, which sees the images with
-    some noise (LADD, 2403.12015), not DINOv2, which is a download (--feature-net);
+    some noise and the null label (LADD, 2403.12015), not DINOv2, which is a download;
   * the heads have group norm where StyleGAN-T's have its local batch norm, 3x3 convolutions on
     feature maps where it has 1-d ones on tokens, and are averaged over places and images;
-  * c_text is the class; c_img, an embedding of x0, is left out of both sides of the hinge where
-    s = 1000: there the student cannot know which x0 is meant, and the heads would punish it for it;
-  * |.|^2 is a mean over the pixels, so lambda is not comparable; t is uniform in 1 .. 999;
-  * R1 has no factor 1/2; optimisers, rates, EMA and schedules are ours: the paper has none;
+  * c_text is the class, c_img the mean of the feature network's last map of x0 (paper: a separate
+    DINOv2's class token). It is left out of both sides of the hinge where s = 1000: there the
+    student cannot know which x0 is meant, and the heads would punish it for that;
+  * |.|^2 is a mean over the pixels, so lambda is not comparable; t is uniform in 1 .. 999, and
+    w = sigma^2 in the SDS and NFSD weightings;
+  * R1 is of a head's sum of logits, without a factor 1/2, so gamma is not comparable;
+  * optimisers, rates, clipping, EMA and schedules are ours: the paper has none;
   * NFSD's negative prompt is another class, drawn at random.
 """
 import argparse
@@ -78,7 +81,7 @@ PRESETS = dict(
     attention  =((),        (16,),     (8,),      (16, 8)),
     dropout    =(0.0,       0.1,       0.1,       0.0),
 )
-STEPS = (1, 2, 4)
+STEPS = ()                      # 1, 2, 4, as far as there are --taus
 
 
 def method_options(add):
@@ -90,7 +93,7 @@ def method_options(add):
     add("--teacher-ema", type=float, help="its decay of the running mean")
     add("--teacher-steps", type=int, help="DDIM steps to score the teacher with; 0: do not "
         "[32 after a training, then 0]")
-    add("--taus", type=numbers, default=(250, 500, 750, 1000),
+    add("--taus", type=numbers, default=(200, 400, 600, 1000),
         help="the student's times, in training and sampling; the last is pure noise")
     add("--student-init", choices=["teacher", "random"], default="teacher",
         help="random: Table 1c")
@@ -98,8 +101,9 @@ def method_options(add):
     add("--adv-weight", type=float, default=1.0, help="of the adversarial loss; 0: distillation "
         "alone")
     add("--weighting", choices=["exponential", "sds", "nfsd"], default="exponential",
-        help="c(t) of the distillation loss")
-    add("--nfsd-scale", type=float, default=7.5, help="guidance within --weighting nfsd")
+        help="of the distillation loss: c(t) = alpha, that of SDS, or NFSD's gradient")
+    add("--nfsd-scale", type=float, default=7.5, help="guidance within --weighting nfsd, which has "
+        "no use for --cfg and --teacher-denoise-steps")
     add("--teacher-denoise-steps", type=int, default=1,
         help="DDIM steps to the teacher's target (Table 1f)")
     add("--condition", choices=["none", "label", "image", "both"], default="both",
@@ -112,7 +116,8 @@ def method_options(add):
     add("--disc-lr", type=float, help="the heads' learning rate")
     add("--r1", type=float, default=1e-5, help="gamma, weight of R1 on the heads' input features")
     add("--cfg", type=float, default=1.0, help="guidance of the teacher; 1: off")
-    add("--label-dropout", type=float, default=0.1, help="share of null labels, with --cfg or nfsd")
+    add("--label-dropout", type=float, default=0.1, help="share of null labels in the teacher's "
+        "training; the heads' features, guidance and nfsd need them")
 
 
 def variant(given):
@@ -125,11 +130,11 @@ def check_method(args):
             or args.taus[0] < 1:
         raise UserError(f"--taus {show(args.taus)}: expected rising times from 1 to {T}, the last "
                         f"{T}")
+    args.steps = args.steps or tuple(n for n in (1, 2, 4) if n <= len(args.taus))
     for n in args.steps:
-        if n < 1 or len(args.taus) % n:
-            able = [i for i in range(1, len(args.taus) + 1) if len(args.taus) % i == 0]
-            raise UserError(f"--steps {n}: a student of {len(args.taus)} --taus samples in "
-                            f"{show(able)}")
+        if not 1 <= n <= len(args.taus):
+            raise UserError(f"--steps {n}: a student of {len(args.taus)} --taus samples in 1 to "
+                            f"{len(args.taus)}")
     for name, low, high in [("teacher_iters", 1, 2 ** 31), ("teacher_batch", 1, 2 ** 31),
                             ("teacher_steps", 0, T), ("teacher_denoise_steps", 1, T),
                             ("feature_noise", 0, T)]:
@@ -141,14 +146,14 @@ def check_method(args):
         if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
                             "1")
-    args.nulls = args.cfg != 1 or args.weighting == "nfsd"  # the teacher must know the null label
-    if args.nulls and args.label_dropout == 0:
+    args.nulls = args.label_dropout > 0                     # the teacher knows the null label
+    if not args.nulls and (args.cfg != 1 or args.weighting == "nfsd"):
         raise UserError("--cfg, --weighting nfsd: need a teacher that knows the null label; give a "
                         "--label-dropout above 0")
-    weights = [args.distill_weight, args.adv_weight, args.nfsd_scale, args.r1, args.cfg]
-    if not all(0 <= w < math.inf for w in weights):
-        raise UserError("--distill-weight, --adv-weight, --nfsd-scale, --r1, --cfg: expected at "
-                        "least 0")
+    for name in ("distill_weight", "adv_weight", "nfsd_scale", "r1", "cfg"):
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 0")
     if args.distill_weight == args.adv_weight == 0:
         raise UserError("--distill-weight 0 --adv-weight 0: nothing is left for the student to "
                         "learn from")
@@ -410,7 +415,7 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """A head for each of the frozen network's feature maps, told the label and what x0 was.
 
-    channels: of the maps. condition: none, label, image or both. `image` is the embedding of x0
+    channels: of the maps. condition: none, label, image or both. c_img: the embedding of x0
     [B, C_last]; where `known` [B] is False a learned vector stands in its place.
     """
 
@@ -418,28 +423,29 @@ class Discriminator(nn.Module):
         super().__init__()
         label, image = condition in ("label", "both"), condition in ("image", "both")
         self.label = nn.Embedding(num_classes + 1, 64) if label else None
-        self.image = nn.Linear(channels[-1], 64) if image else None
-        self.unknown = nn.Parameter(torch.zeros(64)) if image else None
+        self.image = nn.Sequential(nn.LayerNorm(channels[-1], elementwise_affine=False),
+                                   nn.Linear(channels[-1], 64)) if image else None
+        self.unknown = nn.Parameter(torch.randn(64)) if image else None
         self.heads = nn.ModuleList(Head(c, 64 * (label + image)) for c in channels)
 
-    def forward(self, features, y, image, known):
+    def forward(self, features, y, c_img, known):
         c = [] if self.label is None else [self.label(y)]
         if self.image is not None:
-            c.append(torch.where(known[:, None], self.image(image), self.unknown))
+            c.append(torch.where(known[:, None], self.image(c_img), self.unknown))
         c = torch.cat(c, 1) if c else None
         return [head(f, c) for head, f in zip(self.heads, features)]
 
 
 # ---- losses --------------------------------------------------------------------------------------
-# x0, x_hat, eps [B, 3, R, R]; t, y [B] int64. Losses are means over the batch, and over all
-# elements of an image or a map of logits; the heads' are added up.
+# x0, x_hat, eps [B, 3, R, R]; t, y [B] int64, a label of None is the null class. Losses are means
+# over the batch, and over all elements of an image or a map of logits; the heads' are added up.
 
-def guided(teacher, x, t, y, cfg_scale=1.0, null_class=0):
+def guided(teacher, x, t, y, cfg_scale=1.0):
     """v of the teacher with classifier-free guidance; 1: off."""
     v = teacher.v(x, t, y)
     if cfg_scale == 1:
         return v
-    v_null = teacher.v(x, t, torch.full_like(y, null_class))
+    v_null = teacher.v(x, t, None)
     return v_null + cfg_scale * (v - v_null)
 
 
@@ -461,36 +467,36 @@ def discriminator_loss(logits_real, logits_fake):
 
 
 def r1_penalty(logits_real, features):
-    """R1 of Eq. 3: |d D_k / d F_k|^2, of each head at its own input features of real images."""
-    total = sum(logits.mean((1, 2)).sum() for logits in logits_real)
+    """R1 of Eq. 3: |d D_k / d F_k|^2, of each head at its own input features of real images; a
+    head's logits are added up over the places, a mean over the batch."""
+    total = sum(logits.sum() for logits in logits_real)
     grads = torch.autograd.grad(total, features, create_graph=True)
     return sum(g.square().sum((1, 2, 3)).mean() for g in grads)
 
 
-def weight(weighting, alpha, sigma):
-    """c(t). sds: alpha w / (2 sigma) with w = sigma^2, which makes Eq. 4's gradient that of score
-    distillation sampling, w (eps_hat - eps) (appendix A)."""
-    return alpha if weighting == "exponential" else alpha * sigma ** 2 / (2 * sigma)
+def c_of_t(weighting, alpha, sigma):
+    """exponential: alpha. sds: alpha w / (2 sigma) with w = sigma^2, which makes Eq. 4's gradient
+    that of score distillation sampling, w (eps_hat - eps) (appendix A)."""
+    return dict(exponential=alpha, sds=alpha * sigma ** 2 / (2 * sigma))[weighting]
 
 
-def distillation_loss(teacher, x_hat, t, eps, y, c, steps=1, cfg_scale=1.0, null_class=0):
+def distillation_loss(teacher, x_hat, t, eps, y, c, steps=1, cfg_scale=1.0):
     """Eq. 4. The teacher sees the student's image noised afresh, and is a constant target.
 
     c [B]: the weighting at t. steps: DDIM steps from t to the target (Table 1f).
     """
     with torch.no_grad():
         x_t = teacher.noised(x_hat, t, eps)
-        target = ddim(teacher, x_t, t, y, steps, cfg_scale, null_class)
+        target = ddim(teacher, x_t, t, y, steps, cfg_scale)
     return (expand(c) * (x_hat - target).square()).mean()
 
 
-def nfsd_loss(teacher, x_hat, t, eps, y, y_other, scale, null_class):
+def nfsd_loss(teacher, x_hat, t, eps, y, y_other, scale):
     """Noise-free score distillation (Katzir et al., 2310.17590, Eq. 6): the gradient is
     w (delta_D + s delta_C), in which the added noise eps is not subtracted."""
     with torch.no_grad():
         x_t, sigma = teacher.noised(x_hat, t, eps), expand(teacher.sigma[t])
-        eps_y, eps_null, eps_other = (teacher.eps(x_t, t, label) for label in (
-            y, torch.full_like(y, null_class), y_other))
+        eps_y, eps_null, eps_other = (teacher.eps(x_t, t, label) for label in (y, None, y_other))
         delta_C = eps_y - eps_null
         delta_D = torch.where(expand(t < 0.2 * T), eps_null, eps_null - eps_other)
         target = x_hat - sigma ** 2 * (delta_D + scale * delta_C)
@@ -500,15 +506,20 @@ def nfsd_loss(teacher, x_hat, t, eps, y, y_other, scale, null_class):
 # ---- samplers ------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def ddim(teacher, x, t, y, steps, cfg_scale=1.0, null_class=0):
+def ddim(teacher, x, t, y, steps, cfg_scale=1.0):
     """From x_t at times t [B] to images, in equal steps of time (Song et al., 2010.02502)."""
     for i in range(steps):
         now, then = t - t * i // steps, t - t * (i + 1) // steps
-        v = guided(teacher, x, now, y, cfg_scale, null_class)
+        v = guided(teacher, x, now, y, cfg_scale)
         x0 = expand(teacher.alpha[now]) * x - expand(teacher.sigma[now]) * v
         eps = expand(teacher.sigma[now]) * x + expand(teacher.alpha[now]) * v
         x = teacher.noised(x0, then, eps)
     return x
+
+
+def down(taus, steps):
+    """The times of a student that samples in so many steps: 1000, then evenly down the taus."""
+    return [taus[::-1][i * len(taus) // steps] for i in range(steps)]
 
 
 @torch.no_grad()
@@ -814,8 +825,8 @@ def draw(run, student, teacher, classes, name):
     x_hat = sample(student, noise, y, [T])
     refined = sample(student, noise_of(range(10), run.args, run.device), y, run.args.taus[::-1])
     t = torch.full_like(y, T // 2)
-    with torch.no_grad():
-        rows = [x_hat, refined, teacher(teacher.noised(x_hat, t, noise()), t, y)]
+    target = ddim(teacher, teacher.noised(x_hat, t, noise()), t, y, 1, run.args.cfg)
+    rows = [x_hat, refined, target]
     save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
 
 
@@ -824,7 +835,7 @@ def main(argv=None):
     device, autocast = set_up(args)
     images = fid.load_images(args.data, args.resolution)
     scorer, null_class = Scorer(args, device, images), len(images.classes)
-    if args.nulls and len(images.classes) < 2:
+    if (args.cfg != 1 or args.weighting == "nfsd") and null_class < 2:
         raise UserError(f"--cfg, --weighting nfsd: {images.name} has no classes to guide to")
     pixels, labels = images.pixels.to(device), images.labels.to(device)
 
@@ -837,20 +848,9 @@ def main(argv=None):
     student_ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     for net in (teacher_ema, student, student_ema):         # from here on: no dropout
         net.eval()
-    psi, cfg = teacher_ema.module.requires_grad_(False), dict(cfg_scale=args.cfg,
-                                                              null_class=null_class)
-    vit = None
-    if args.feature_net != "teacher":
-        vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
-
-    def extract(x, y, t, eps):
-        """The frozen network's feature maps of images; the teacher's encoder sees them noised."""
-        return vit(x) if vit else psi.encode(psi.noised(x, t, eps), t, y)
-
-    probe = torch.zeros(1, 3, args.resolution, args.resolution, device=device)
-    zero = torch.zeros(1, dtype=torch.long, device=device)
-    widths = [f.shape[1] for f in extract(probe, zero, zero, probe)]
-    disc = Discriminator(widths, null_class, args.condition).to(device)
+    psi = teacher_ema.module.requires_grad_(False)
+    widths = dict(teacher=[args.channels * m for m in args.mult], vit=4 * [768], dinov2=4 * [384])
+    disc = Discriminator(widths[args.feature_net], null_class, args.condition).to(device)
     adam = lambda params, lr, betas=(0.9, 0.99), decay=0.01: torch.optim.AdamW(
         params, lr, betas, weight_decay=decay, fused=True)
     opt_teacher = adam(teacher.parameters(), args.teacher_lr)
@@ -866,6 +866,17 @@ def main(argv=None):
         schedule_disc=schedule_disc))
     if args.teacher and not run.step:
         load_teacher(args.teacher, teacher_ema, run, args.nulls)
+    begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
+    end, trained = begin + args.iters, run.step < begin + args.iters
+    teacher_steps = (32 if trained else 0) if args.teacher_steps is None else args.teacher_steps
+    vit = None
+    if args.feature_net != "teacher" and trained:
+        vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
+
+    def extract(x0, t, eps):
+        """The frozen network's feature maps; the teacher's encoder sees images at time t."""
+        return vit(x0) if vit else psi.encode(psi.noised(x0, t, eps), t, None)
+
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
         for net in (teacher.net, psi.net, student.net, student_ema.module.net):
@@ -873,7 +884,7 @@ def main(argv=None):
 
     def teach(noise, y, steps):
         with autocast:
-            return ddim(psi, noise(), torch.full_like(y, T), y, steps, **cfg)
+            return ddim(psi, noise(), torch.full_like(y, T), y, steps, args.cfg)
 
     def batch(n):
         i = torch.randint(len(pixels), (n,), device=device)
@@ -881,10 +892,6 @@ def main(argv=None):
         if args.flip:
             x0 = torch.where(expand(torch.rand(n, device=device) < 0.5), x0.flip(3), x0)
         return x0, labels[i]
-
-    begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
-    end, trained = begin + args.iters, run.step < begin + args.iters
-    steps = (32 if trained else 0) if args.teacher_steps is None else args.teacher_steps
 
     # Phase 1: the teacher.
     for step in run.steps(begin, "teacher", args.teacher_batch):
@@ -904,7 +911,7 @@ def main(argv=None):
         run.add(loss_teacher=loss.detach(), grad_norm=grad_norm)
         if (step + 1) % max(1, args.teacher_iters // 5) == 0:
             y = scorer.classes.repeat(10)[:10].to(device)
-            x0 = teach(noise_of(range(10), args, device), y, steps or 32)
+            x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 32)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
     if run.step == begin and args.student_init == "teacher":
         student.load_state_dict(psi.state_dict())
@@ -919,51 +926,60 @@ def main(argv=None):
             x_hat = student(x_s, s, y)
         leaf = x_hat.detach().requires_grad_()
 
-        # The heads. F is frozen: its features of the student's images serve both updates.
-        t_F = torch.randint(args.feature_noise + 1, y.shape, device=device)
-        with autocast:
-            features = extract(leaf, y, t_F, torch.randn_like(x0))
+        grad_adv = grad_distill = torch.zeros_like(leaf)
+
+        if args.adv_weight:
+            # The heads. Their features are of a frozen network: one pass serves both updates.
+            t_F, clean = torch.randint(args.feature_noise + 1, y.shape, device=device), 0 * y
+            with autocast:
+                fake = extract(leaf, t_F, torch.randn_like(x0))
+                with torch.no_grad():
+                    real = extract(x0, t_F, torch.randn_like(x0))
+                    c_img = (real if vit else extract(x0, clean, 0 * x0))[-1].mean((2, 3)).float()
+            known = s < T                                   # where x_s says nothing of x0: no c_img
+            real = [f.float().requires_grad_() for f in real]
+            with autocast:
+                logits_real = disc(real, y, c_img, known)
+                logits_fake = disc([f.detach() for f in fake], y, c_img, known)
+            loss_disc = discriminator_loss(logits_real, logits_fake)
+            penalty = r1_penalty(logits_real, real) if args.r1 else 0 * loss_disc
+            (loss_disc + args.r1 * penalty).backward()
+            norm_disc = nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
+            opt_disc.step()
+            schedule_disc.step()
+            opt_disc.zero_grad()
+            with autocast:
+                loss_adv = adversarial_loss(disc(fake, y, c_img, known))
+            grad_adv = args.adv_weight * torch.autograd.grad(loss_adv, leaf)[0]
             with torch.no_grad():
-                real = extract(x0, y, t_F, torch.randn_like(x0))
-                image = extract(x0, y, torch.zeros_like(t_F), x0)[-1].mean((2, 3)).float()
-        known = s < T                                       # where x_s says nothing of x0: no c_img
-        real = [f.float().requires_grad_() for f in real]
-        with autocast:
-            logits_real = disc(real, y, image, known)
-            logits_fake = disc([f.detach() for f in features], y, image, known)
-        loss_disc = discriminator_loss(logits_real, logits_fake)
-        penalty = r1_penalty(logits_real, real) if args.r1 else torch.zeros(())
-        (loss_disc + args.r1 * penalty).backward()
-        nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
-        opt_disc.step()
-        opt_disc.zero_grad()
+                mean = lambda logits: sum(l.mean() for l in logits) / len(logits)
+                run.add(loss_disc=loss_disc.detach(), loss_adv=loss_adv.detach(),
+                        r1=penalty.detach(), d_real=mean(logits_real), d_fake=mean(logits_fake),
+                        grad_norm_disc=norm_disc)
+
+        if args.distill_weight:
+            t, eps = torch.randint(1, T, y.shape, device=device), torch.randn_like(x0)
+            with autocast:
+                if args.weighting == "nfsd":
+                    other = (y + torch.randint(1, null_class, y.shape, device=device)) % null_class
+                    loss_distill = nfsd_loss(psi, leaf, t, eps, y, other, args.nfsd_scale)
+                else:
+                    c = c_of_t(args.weighting, psi.alpha[t], psi.sigma[t])
+                    loss_distill = distillation_loss(psi, leaf, t, eps, y, c,
+                                                     args.teacher_denoise_steps, args.cfg)
+            grad_distill = args.distill_weight * torch.autograd.grad(loss_distill, leaf)[0]
+            run.add(loss_distill=loss_distill.detach())
 
         # The student: both gradients at its images, to be watched there, then one pass through it.
-        t, eps = torch.randint(1, T, y.shape, device=device), torch.randn_like(x0)
-        with autocast:
-            loss_adv = adversarial_loss(disc(features, y, image, known))
-            if args.weighting == "nfsd":
-                other = (y + torch.randint(1, null_class, y.shape, device=device)) % null_class
-                loss_distill = nfsd_loss(psi, leaf, t, eps, y, other, args.nfsd_scale, null_class)
-            else:
-                c = weight(args.weighting, psi.alpha[t], psi.sigma[t])
-                loss_distill = distillation_loss(psi, leaf, t, eps, y, c,
-                                                 args.teacher_denoise_steps, **cfg)
-        grad_adv = args.adv_weight * torch.autograd.grad(loss_adv, leaf)[0]
-        grad_distill = args.distill_weight * torch.autograd.grad(loss_distill, leaf)[0]
         x_hat.backward(grad_adv + grad_distill)
         grad_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         opt_student.step()
         opt_student.zero_grad()
-        schedule_student.step(), schedule_disc.step()
+        schedule_student.step()
         student_ema.update_parameters(student)
         with torch.no_grad():
-            mean = lambda logits: sum(l.mean() for l in logits) / len(logits)
-            run.add(loss_disc=loss_disc.detach(), loss_adv=loss_adv.detach(),
-                    loss_distill=loss_distill.detach(), r1=penalty.detach(),
-                    d_real=mean(logits_real), d_fake=mean(logits_fake), grad_norm=grad_norm,
-                    grad_adv=grad_adv.norm(), grad_distill=grad_distill.norm(),
-                    mean=leaf.mean(), std=leaf.std())
+            run.add(grad_norm=grad_norm, grad_adv=grad_adv.norm(), mean=leaf.mean(),
+                    grad_distill=grad_distill.norm(), std=leaf.std())
         done = step + 1 - begin
         if done % max(1, args.iters // 10) == 0:
             with autocast:
@@ -972,10 +988,10 @@ def main(argv=None):
     def sampler(net):
         def generate(noise, y, steps):
             with autocast:
-                return sample(net, noise, y, args.taus[::-1][::len(args.taus) // steps])
+                return sample(net, noise, y, down(args.taus, steps))
         return generate
-    if steps:
-        evaluate(run, scorer, teach, [steps], "teacher ema", "teacher",
+    if teacher_steps:
+        evaluate(run, scorer, teach, [teacher_steps], "teacher ema", "teacher",
                  lambda n: n if args.cfg == 1 else 2 * n)
     evaluate(run, scorer, sampler(student), args.steps, "student", "raw")
     evaluate(run, scorer, sampler(student_ema.module), args.steps, "student ema")

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 import add
 import fid
 from add import (Denoiser, Discriminator, adversarial_loss, ddim, discriminator_loss,
-                 distillation_loss, guided, nfsd_loss, r1_penalty, sample, teacher_loss,
-                 vp_schedule, weight)
+                 c_of_t, distillation_loss, guided, nfsd_loss, r1_penalty, sample, teacher_loss,
+                 vp_schedule)
 from nets import UNet
 
 column = lambda v: v.view(-1, 1, 1, 1)
@@ -27,6 +27,7 @@ class Gaussian(Denoiser):
         self.m, self.s = m, s
 
     def v(self, x, t, y):
+        y = torch.full_like(t, 10) if y is None else y
         a, b, m = column(self.alpha[t]), column(self.sigma[t]), column(self.m + 0.1 * y)
         gain = a * self.s ** 2 / (a ** 2 * self.s ** 2 + b ** 2)
         x0 = m + gain * (x - a * m)
@@ -98,7 +99,7 @@ def test_distillation_with_the_sds_weight_is_score_distillation_sampling(seed):
     t, y = torch.randint(1, 1000, (5,)), torch.zeros(5, dtype=torch.long)
 
     x_hat = student_net(x_s)
-    c = weight("sds", teacher.alpha[t], teacher.sigma[t])
+    c = c_of_t("sds", teacher.alpha[t], teacher.sigma[t])
     loss = distillation_loss(teacher, x_hat, t, eps, y, c)
     ours = torch.autograd.grad(loss, list(student_net.parameters()), retain_graph=True)
 
@@ -131,8 +132,8 @@ def test_the_teacher_sees_the_students_image_noised_and_is_a_constant():
 
 def test_weightings_by_hand():
     alpha, sigma = torch.tensor([.9, .5, .1]), torch.tensor([.2, .6, .95])
-    assert torch.equal(weight("exponential", alpha, sigma), alpha)
-    assert_close(weight("sds", alpha, sigma), alpha * sigma / 2)
+    assert torch.equal(c_of_t("exponential", alpha, sigma), alpha)
+    assert_close(c_of_t("sds", alpha, sigma), alpha * sigma / 2)
 
 
 def test_noise_free_score_distillation_by_hand():
@@ -142,7 +143,7 @@ def test_noise_free_score_distillation_by_hand():
     x_hat, eps = torch.randn(2, 4, 3, 16, 16)
     y, other, null = torch.arange(4), torch.tensor([5, 6, 7, 8]), torch.full((4,), 10)
     leaf = x_hat.clone().requires_grad_()
-    grad, = torch.autograd.grad(nfsd_loss(teacher, leaf, t, eps, y, other, 7.5, 10), leaf)
+    grad, = torch.autograd.grad(nfsd_loss(teacher, leaf, t, eps, y, other, 7.5), leaf)
     x_t = teacher.noised(x_hat, t, eps)
     with torch.no_grad():
         e_y, e_null, e_other = (teacher.eps(x_t, t, label) for label in (y, null, other))
@@ -166,7 +167,7 @@ def test_guidance_extrapolates_from_the_null_label():
     D, x = Gaussian(), torch.randn(3, 3, 4, 4, dtype=torch.float64)
     t, y = torch.tensor([9, 99, 999]), torch.arange(3)
     null = D.v(x, t, torch.full((3,), 10))
-    assert_close(guided(D, x, t, y, 2.5, 10), null + 2.5 * (D.v(x, t, y) - null))
+    assert_close(guided(D, x, t, y, 2.5), null + 2.5 * (D.v(x, t, y) - null))
     assert torch.equal(guided(D, x, t, y), D.v(x, t, y))
 
 
@@ -210,14 +211,14 @@ def test_hinge_losses_by_hand():
 
 
 def test_r1_is_taken_at_the_heads_inputs():
-    """Of D = <w, F> at every place: the mean's gradient is w / places, at each place."""
+    """Of logits <w, F> at every place, summed up: the gradient is w at each place."""
     w, features = torch.tensor([1., -2, .5], requires_grad=True), []
     features = [torch.randn(4, 3, 2, 5).requires_grad_(), torch.randn(4, 3, 1, 1).requires_grad_()]
     logits = [torch.einsum("c,bchw->bhw", w, f) for f in features]
     penalty = r1_penalty(logits, features)
-    assert penalty.item() == approx(5.25 / 10 + 5.25)
+    assert penalty.item() == approx(5.25 * 10 + 5.25)
     grad, = torch.autograd.grad(penalty, w)
-    assert_close(grad, 2 * w.detach() * 1.1)
+    assert_close(grad, 2 * w.detach() * 11)
 
 
 def heads(condition):
@@ -239,7 +240,7 @@ def test_the_heads_are_told_what_they_should_and_where(condition):
     has_label, has_image = condition in ("label", "both"), condition in ("image", "both")
     for m in moved(disc(features, y + 1, image, known)):
         assert m.tolist() == [has_label] * 4
-    for m in moved(disc(features, y, image + 1, known)):
+    for m in moved(disc(features, y, image.flip(1), known)):
         assert m.tolist() == [has_image, has_image, False, False]
     for m in moved(disc([f + 1 for f in features], y, image, known)):
         assert m.all()
@@ -250,7 +251,7 @@ def test_r1_trains_the_heads_alone():
     features = [f.requires_grad_() for f in features]
     logits = disc(features, torch.arange(4), torch.randn(4, 32), torch.ones(4, dtype=torch.bool))
     r1_penalty(logits, features).backward()
-    assert all(f.grad is None or f.grad.isfinite().all() for f in features)
+    assert disc.label.weight.grad.abs().max() > 0 and disc.image[1].weight.grad.abs().max() > 0
     assert all(head.first[0].parametrizations.weight.original.grad.abs().max() > 0
                for head in disc.heads)
 
@@ -285,8 +286,6 @@ def test_student_and_heads_are_updated_in_turn_and_the_teacher_is_not(small, tmp
     assert updates("opt_teacher") == {2}
     for name, weights in state["student"].items():
         assert_close(state["student_ema"][f"module.{name}"], weights)
-    assert any(not torch.equal(w, state["teacher_ema"][f"module.{n}"])
-               for n, w in state["student"].items())
 
 
 @pytest.mark.parametrize("init", ["teacher", "random"])
@@ -302,14 +301,16 @@ def test_the_student_begins_as_the_teacher_or_from_scratch(small, tmp_path, init
 @pytest.mark.parametrize("line", [
     "--condition none", "--condition label", "--condition image", "--adv-weight 0",
     "--distill-weight 0", "--weighting sds", "--weighting nfsd", "--teacher-denoise-steps 2",
-    "--cfg 1.5", "--r1 0", "--feature-noise 0", "--taus 500,1000 --steps 1,2", "--steps 1,4"])
+    "--cfg 1.5", "--r1 0", "--feature-noise 0", "--taus 500,1000 --steps 1,2", "--steps 1,3,4",
+    "--precision bf16"])
 def test_every_switch_trains_and_samples(small, tmp_path, line):
     out = tmp_path / "run"
     add.main([*TINY, "--out", str(out), "--iters", "2", *line.split()])
     row = last_row(out)
-    assert (float(row["grad_adv"]) == 0) == ("--adv-weight" in line)
+    assert (float(row["grad_adv"]) == 0) == ("--adv-weight" in line) == ("loss_disc" not in row)
     assert (float(row["grad_distill"]) == 0) == ("--distill-weight" in line)
-    assert (float(row["r1"]) == 0) == ("--r1" in line)
+    assert ("loss_distill" in row) == ("--distill-weight" not in line)
+    assert (float(row.get("r1", 1)) == 0) == ("--r1" in line)
     steps = line.split("--steps ")[1].split(",") if " --steps" in f" {line}" else "124"
     assert {p.name for p in out.iterdir()} >= {f"{who}-{n}step.png" for who in ("samples", "raw")
                                                for n in steps}
@@ -344,20 +345,19 @@ def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, 
     add.main(halves)
     same(*(torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "halves")))
     for name in "samples-1step.png", "samples-4step.png", "raw-1step.png", "teacher-2step.png":
-        if (tmp_path / "whole" / name).exists() or name != "samples-4step.png":
-            assert ((tmp_path / "whole" / name).read_bytes()
-                    == (tmp_path / "halves" / name).read_bytes())
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--steps 3", "--steps 3: a student of 4 --taus samples in 1,2,4"),
+    ("--steps 5", "--steps 5: a student of 4 --taus samples in 1 to 4"),
+    ("--steps 0", "--steps 0: a student of 4 --taus samples in 1 to 4"),
     ("--taus 250,500", "--taus 250,500: expected rising times from 1 to 1000, the last 1000"),
     ("--taus 500,250,1000", "expected rising times"), ("--taus none", "expected rising times"),
     ("--taus 0,1000", "expected rising times"),
     ("--teacher-iters 0", "--teacher-iters 0: expected 1 to"),
     ("--teacher-steps 2000", "--teacher-steps 2000: expected 0 to 1000"),
     ("--feature-noise -1", "--feature-noise -1: expected 0 to 1000"),
-    ("--disc-lr 0", "--disc-lr 0.0: expected a number"), ("--r1 nan", "expected at least 0"),
+    ("--disc-lr 0", "--disc-lr 0.0: expected a number"), ("--r1 nan", "--r1 nan: expected"),
     ("--weighting nfsd --label-dropout 0", "need a teacher that knows the null label"),
     ("--adv-weight 0 --distill-weight 0", "nothing is left for the student to learn from"),
     ("--weighting dmd", "--weighting: invalid choice"), ("--condition text", "invalid choice"),
@@ -369,7 +369,8 @@ def test_a_mistake_is_one_line_and_touches_nothing(line, message, small, tmp_pat
     def offline(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(add, "teacher_loss", None)                      # nothing may train
+    for name in "teacher_loss", "distillation_loss":                    # nothing may train
+        monkeypatch.setattr(add, name, None)
     with pytest.raises(fid.UserError) as error:
         add.main(["--device", "cpu", "--resolution", "16", *line.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -385,3 +386,64 @@ def test_a_vision_transformer_gives_maps_of_four_blocks(monkeypatch):
     assert [m.shape for m in maps] == [(1, 768, 14, 14)] * 4
     maps[-1].mean().backward()
     assert x.grad.abs().sum() > 0 and math.isfinite(x.grad.abs().sum())
+
+
+# ---- what main passes to the losses --------------------------------------------------------------
+
+def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path):
+    seen = dict(disc=[], encode=[], loss=[], student=[])
+    def heads(self, features, y, c_img, known, real=Discriminator.forward):
+        seen["disc"].append((y, c_img, known))
+        return real(self, features, y, c_img, known)
+    def encode(self, x, t, y, real=Denoiser.encode):
+        seen["encode"].append((t, y))
+        return real(self, x, t, y)
+    def loss(teacher, x_hat, t, eps, y, c, *rest, real=distillation_loss):
+        seen["loss"].append((t, c, rest))
+        return real(teacher, x_hat, t, eps, y, c, *rest)
+    def forward(self, x, t, y, real=Denoiser.forward):
+        seen["student"].append((x, t))
+        return real(self, x, t, y)
+    monkeypatch.setattr(add.Discriminator, "forward", heads)
+    monkeypatch.setattr(add.Denoiser, "encode", encode)
+    monkeypatch.setattr(add.Denoiser, "forward", forward)
+    monkeypatch.setattr(add, "distillation_loss", loss)
+    for name in "draw", "evaluate":
+        monkeypatch.setattr(add, name, lambda *args: None)
+    add.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "30", "--batch", "16", "--cfg", "3",
+              "--weighting", "sds", "--teacher-denoise-steps", "2"])
+    s = torch.cat([t for _, t in seen["student"]])
+    assert set(s.tolist()) == {200, 400, 600, 1000} and len(seen["student"]) == 30
+    for i, (x_s, t) in enumerate(seen["student"]):
+        assert (x_s[t == 1000].std() - 1).abs() < .2        # nothing of the image is left
+        (y, c, known), (_, c2, known2), (_, c3, known3) = seen["disc"][3 * i:3 * i + 3]
+        for k in known, known2, known3:                     # real, fake, and the student's turn
+            assert torch.equal(k, t < 1000)
+        assert torch.equal(c, c2) and torch.equal(c, c3)
+        (t_fake, y1), (t_real, y2), (t_img, y3) = seen["encode"][3 * i:3 * i + 3]
+        assert torch.equal(t_fake, t_real) and not t_img.any() and y1 is y2 is y3 is None
+    noised = torch.cat([t for t, _ in seen["encode"]])
+    assert noised.max() <= 250 and noised.max() > 200
+    t, c = (torch.cat([row[i] for row in seen["loss"]]) for i in (0, 1))
+    assert t.min() >= 1 and t.max() <= 999 and t.max() > 900
+    assert_close(c, ALPHA[t] * SIGMA[t] / 2)
+    assert {row[2] for row in seen["loss"]} == {(2, 3.0)}
+
+
+def test_another_runs_teacher_is_taken_and_left_as_it_is(small, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    add.main([*TINY, "--out", str(first), "--iters", "1"])
+    add.main([*TINY, "--out", str(second), "--iters", "2", "--teacher", str(first), "--lr", "1e-9",
+              "--weighting", "nfsd"])
+    theirs, ours = (torch.load(run / "checkpoint.pt") for run in (first, second))
+    same(theirs["teacher_ema"], ours["teacher_ema"])
+    assert ours["step"] == 2
+    for name, weights in ours["student"].items():
+        assert_close(weights, theirs["teacher_ema"][f"module.{name}"], atol=1e-6, rtol=0)
+
+
+def test_the_student_of_two_times_and_of_three_steps(small, tmp_path):
+    assert add.down((200, 400, 600, 1000), 3) == [1000, 600, 400]
+    assert add.down((200, 400, 600, 1000), 2) == [1000, 400]
+    assert add.parse_args(["--taus", "500,1000"]).steps == (1, 2)
+    assert add.parse_args([]).steps == (1, 2, 4)
