@@ -654,10 +654,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).detach().cpu().double().numpy()
                                 for a in (mu1, sigma1, mu2, sigma2))
-    root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=1)
-    pivoted = sigma2[np.ix_(order - 1, order - 1)]                      # LAPACK counts from 1
+    # They are symmetric: .T costs nothing, and is the order of memory that LAPACK wants.
+    root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1.T, lower=1)
+    pivoted = sigma2[np.ix_(order - 1, order - 1)].T                    # LAPACK counts from 1
     product, _ = scipy.linalg.lapack.dsygst(pivoted, root, itype=2, lower=1)    # root^T . root
-    values = np.linalg.eigvalsh(product[:rank, :rank]).clip(min=0)
+    values = scipy.linalg.eigvalsh(product[:rank or 1, :rank or 1], lower=True).clip(min=0)
     return float(((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace()
                  - 2 * np.sqrt(values).sum())
 
