@@ -329,7 +329,8 @@ def load_images(data, resolution, split="train", cache="data"):
             cifar = torchvision.datasets.CIFAR10(cache, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data cifar10: cannot be downloaded ({error}); "
-                            f"put cifar-10-python.tar.gz into {cache}/, "
+                            "put https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into "
+                            f"{cache}/, "
                             "or give a folder of images") from None
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return Images(pixels, torch.tensor(cifar.targets), cifar.classes, f"cifar10 {split}")
@@ -450,7 +451,7 @@ def inception_state(path=None):
             torch.hub.download_url_to_file(INCEPTION_URL, file, hash_prefix=INCEPTION_SHA256)
     except (OSError, RuntimeError) as error:
         raise UserError(f"Inception's weights cannot be downloaded ({error}); "
-                        f"fetch {INCEPTION_FILE} by hand and give --inception PATH") from None
+                        f"fetch {INCEPTION_URL} by hand and give --inception PATH") from None
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -639,8 +640,8 @@ def read_arrays(path):
             raise ValueError("not all of it is arrays")
         return arrays
     except Exception as error:                              # zipfile and NumPy raise all sorts
-        raise UserError(f"{path}: cannot be read as .npz or .npy "
-                        f"({' '.join(str(error).split())})") from None
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as .npz or .npy ({why})") from None
 
 
 # ---- distances -----------------------------------------------------------------------------------
@@ -833,7 +834,8 @@ def score(samples, real, who, data, speed):
     show("FD" if suffix else "FID", f"{distance(samples, real):.4g}", samples.n, real.n)
     n, m = len(samples.kept), len(real.kept)
     if min(n, m) < 20:                                      # two images for each of KID's ten parts
-        print("no KID, precision and recall: they need 20 images or more on each side")
+        if n and m:
+            print("no KID, precision and recall: they need 20 images or more on each side")
         return
     mean, error = kernel_distance(samples.kept, real.kept)
     precision, recall = precision_recall(samples.kept, real.kept)

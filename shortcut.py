@@ -132,7 +132,7 @@ def parse_args(argv=None):
         if name in PRESETS:
             columns = zip(KINDS, PRESETS[name])
             help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default is not None and default is not False:
+        elif default not in (None, False, ()):
             help += f" [{show(default)}]"
         parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 
