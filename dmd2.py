@@ -151,10 +151,10 @@ def check_method(args):
     if args.nulls and args.label_dropout == 0:
         raise UserError(f"--cfg {args.cfg}: needs a teacher that knows the null label; give a "
                         "--label-dropout above 0")
-    weights = [args.dm_weight, args.gan_weight, args.disc_weight, args.regression, args.cfg]
-    if not all(0 <= w < math.inf for w in weights):
-        raise UserError("--dm-weight, --gan-weight, --disc-weight, --regression, --cfg: "
-                        "expected at least 0")
+    for name in ("dm_weight", "gan_weight", "disc_weight", "regression", "cfg"):
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 0")
     if args.dm_weight == args.gan_weight == args.regression == 0:
         raise UserError("--dm-weight 0 --gan-weight 0: nothing is left for the generator to learn "
                         "from; give one of them or --regression")
@@ -816,10 +816,14 @@ def main(argv=None):
         disc=disc, opt_fake=opt_fake, schedule_fake=schedule_fake))
     if args.teacher and not run.step:
         load_teacher(args.teacher, teacher_ema, run, args.nulls)
+    begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
+    end, trained = begin + args.iters, run.step < begin + args.iters
+    teacher_steps = (18 if trained else 0) if args.teacher_steps is None else args.teacher_steps
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
-        for net in (teacher, teacher_ema.module, generator, generator_ema.module, fake_score):
-            net.net.encode, net.net.decode = map(torch.compile, (net.net.encode, net.net.decode))
+        for net in (teacher.net, teacher_ema.module.net, generator.net, generator_ema.module.net,
+                    fake_score.net):
+            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
 
     def real_score(x, sigma, y):
         return guided(teacher_ema, x, sigma, y, args.cfg, null_class)
@@ -834,10 +838,6 @@ def main(argv=None):
         if args.flip:
             x0 = torch.where(expand(torch.rand(n, device=device) < 0.5), x0.flip(3), x0)
         return x0, labels[i]
-
-    begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
-    end, trained = begin + args.iters, run.step < begin + args.iters
-    steps = (18 if trained else 0) if args.teacher_steps is None else args.teacher_steps
 
     # Phase 1: the teacher.
     for step in run.steps(begin, "teacher", args.teacher_batch):
@@ -857,7 +857,7 @@ def main(argv=None):
         run.add(loss_teacher=loss.detach(), grad_norm=grad_norm)
         if (step + 1) % max(1, args.teacher_iters // 5) == 0:
             y = scorer.classes.repeat(10)[:10].to(device)
-            x0 = teach(noise_of(range(10), args, device), y, steps or 18)
+            x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 18)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
     if run.step == begin:                                   # generator and fake score begin as it
         for net in (generator, generator_ema.module, fake_score):
@@ -936,8 +936,8 @@ def main(argv=None):
             with autocast:
                 return sample(G, noise, y, taus(steps))
         return generate
-    if steps:
-        evaluate(run, scorer, teach, [steps], "teacher ema", "teacher",
+    if teacher_steps:
+        evaluate(run, scorer, teach, [teacher_steps], "teacher ema", "teacher",
                  lambda n: (2 * n - 1) * (1 if args.cfg == 1 else 2))
     evaluate(run, scorer, sampler(generator), args.steps, "generator", "raw")
     evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema")

@@ -3,6 +3,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import fid  # noqa: E402
@@ -23,3 +24,18 @@ def the_old_signals():
     yield
     for n, handler in old:
         signal.signal(n, handler)
+
+
+def assert_same(a, b):
+    """Equal bit for bit, through nested dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        [assert_same(a[k], b[k]) for k in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        [assert_same(x, y) for x, y in zip(a, b)]
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b

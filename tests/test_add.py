@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import add
 import fid
+from conftest import assert_same
 from add import (Denoiser, Discriminator, adversarial_loss, ddim, discriminator_loss,
                  c_of_t, distillation_loss, guided, nfsd_loss, r1_penalty, sample, teacher_loss,
                  vp_schedule)
@@ -316,18 +317,6 @@ def test_every_switch_trains_and_samples(small, tmp_path, line):
                                                for n in steps}
 
 
-def same(a, b):
-    """Equal bit for bit, through nested dicts and lists."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        [same(a[k], b[k]) for k in a]
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        [same(x, y) for x, y in zip(a, b)]
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, tmp_path):
     line = [*TINY, "--teacher-iters", "4", "--iters", "4", "--dropout", "0.2", "--flip",
             "--samples", "20", "--features", "random"]
@@ -343,7 +332,7 @@ def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, 
             add.main(halves)
         assert torch.load(tmp_path / "halves" / "checkpoint.pt")["step"] == stop
     add.main(halves)
-    same(*(torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "halves")))
+    assert_same(*(torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "halves")))
     for name in "samples-1step.png", "samples-4step.png", "raw-1step.png", "teacher-2step.png":
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
@@ -436,7 +425,7 @@ def test_another_runs_teacher_is_taken_and_left_as_it_is(small, tmp_path):
     add.main([*TINY, "--out", str(second), "--iters", "2", "--teacher", str(first), "--lr", "1e-9",
               "--weighting", "nfsd"])
     theirs, ours = (torch.load(run / "checkpoint.pt") for run in (first, second))
-    same(theirs["teacher_ema"], ours["teacher_ema"])
+    assert_same(theirs["teacher_ema"], ours["teacher_ema"])
     assert ours["step"] == 2
     for name, weights in ours["student"].items():
         assert_close(weights, theirs["teacher_ema"][f"module.{name}"], atol=1e-6, rtol=0)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import fid
 import shortcut
+from conftest import assert_same
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 --blocks 1,1 " \
@@ -36,21 +37,6 @@ SMALL = {r: fid.shapes(200, r) for r in (16, 32)}
 
 def weights(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(a, b):
-    """Equal bit for bit, through nested dicts and lists."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        [assert_same(a[k], b[k]) for k in a]
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        [assert_same(x, y) for x, y in zip(a, b)]
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def stop_after(monkeypatch, n, number=signal.SIGTERM):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import dmd2
 import fid
+from conftest import assert_same
 from dmd2 import (EDM, Discriminator, fake_score_losses, generator_losses, guided, heun, karras,
                   sample, dm_gradient, step_input, taus, denoising_loss, weighted_error)
 from nets import UNet
@@ -324,18 +325,6 @@ def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_p
     assert again["step"] == 2
 
 
-def same(a, b):
-    """Equal bit for bit, through nested dicts and lists."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        [same(a[k], b[k]) for k in a]
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        [same(x, y) for x, y in zip(a, b)]
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, tmp_path):
     """A teacher of 4 steps and a distillation of 4, stopped after 2, 4 and 6."""
     line = [*TINY, "--teacher-iters", "4", "--iters", "4", "--dropout", "0.2", "--flip",
@@ -354,7 +343,7 @@ def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, 
         assert ended.value.code == 143
         assert torch.load(tmp_path / "halves" / "checkpoint.pt")["step"] == stop
     dmd2.main(halves)
-    same(*(torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "halves")))
+    assert_same(*(torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "halves")))
     for name in "samples-1step.png", "samples-2step.png", "raw-1step.png", "teacher-2step.png":
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
@@ -374,7 +363,7 @@ def test_pairs_are_the_teachers_whatever_is_drawn_later(small, monkeypatch, tmp_
         dmd2.main(line)
     dmd2.main([*line, "--labels", "heart"])
     (z, y, x0), again = seen
-    same([*seen[0]], [*again])
+    assert_same([*seen[0]], [*again])
     state = torch.load(tmp_path / "run" / "checkpoint.pt")["teacher_ema"]
     D = EDM(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
     D.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
@@ -403,7 +392,8 @@ def test_the_default_folder_says_how_many_calls(small):
     ("--mult 1,1,1,1 --blocks 1,1,1,1 --resolution 8", "coarsest stage of 2x2"),
     ("--cfg 2 --label-dropout 0", "--cfg 2.0: needs a teacher that knows the null label"),
     ("--teacher-lr 2", "--teacher-lr 2.0: expected a number between 0 and 1"),
-    ("--gan-weight -1", "expected at least 0"), ("--regression nan", "expected at least 0"),
+    ("--gan-weight -1", "--gan-weight -1.0: expected at least 0"),
+    ("--regression nan", "--regression nan: expected at least 0"),
     ("--dm-weight 0 --gan-weight 0", "nothing is left for the generator to learn from"),
     ("--teacher nowhere", "--teacher nowhere: holds no run of dmd2.py"),
     ("--teacher FULL", "--teacher FULL: --out FULL: is no run folder and not empty"),
