@@ -18,13 +18,19 @@ Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
 two beginning as the teacher.
 
-    python dmd2.py --steps 1                          # coloured shapes, on a CPU: twenty minutes
+    python dmd2.py --steps 1                          # coloured shapes, on a CPU: eleven minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
 Departs from the paper in:
   * everything is small, trained from scratch, teacher included, with fast learning rates that
-    decay to zero; Adam's second beta is 0.99, gradients are clipped at norm 1;
+    decay to zero; Adam's betas are 0 (teacher: 0.9) and 0.99, gradients are clipped at norm 1;
+  * on `shapes`, where a training is minutes, the teacher's ln sigma is N(0, 1.8^2): N(-1.2, 1.2^2)
+    is hardly ever where shapes are decided. The generator is called at sigma 10, where the teacher
+    already draws (at 80: a mean image; the paper's one-step SDXL is called at 399 of 1000). Levels
+    that show nothing are left out, and 2 fake-score updates go with each of the generator: 5 are
+    better for each of its updates, not for each minute. The GAN's gradient at the image is kept
+    no larger than that of Eq. 2: with 3 times its norm, a colour was gone after 1000 updates;
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the
@@ -66,7 +72,7 @@ from nets import UNet
 
 METHOD = "dmd2"
 SIGMA_MIN, SIGMA_MAX, RHO, LEVELS = 0.002, 80.0, 7, 1000        # the table of noise levels
-P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5                      # EDM's training and images
+SIGMA_DATA = 0.5                                                # deviation of the images
 
 PRESETS = dict(
     #            shapes     cifar10    folder     imagenet64
@@ -74,12 +80,21 @@ PRESETS = dict(
     teacher_batch=(16,      256,       64,        256),
     teacher_lr =(5e-3,      1e-3,      2e-3,      5e-4),
     teacher_ema=(0.995,     0.9995,    0.999,     0.9999),
-    iters      =(600,       20_000,    10_000,    40_000),
+    p_mean     =(0.0,       -1.2,      -1.2,      -1.2),
+    p_std      =(1.8,       1.2,       1.2,       1.2),
+    iters      =(450,       20_000,    10_000,    40_000),
     batch      =(16,        256,       64,        256),
-    lr         =(5e-4,      1e-4,      1e-4,      2e-5),
-    fake_lr    =(1e-3,      1e-4,      1e-4,      2e-5),
+    lr         =(1e-3,      1e-4,      1e-4,      2e-5),
+    fake_lr    =(2e-3,      1e-4,      1e-4,      2e-5),
+    disc_lr    =(2e-3,      1e-4,      1e-4,      2e-5),
     ema        =(0.98,      0.999,     0.999,     0.999),
-    gan_weight =(6e-3,      6e-3,      6e-3,      3e-3),
+    fake_updates=(2,        5,         5,         5),
+    start_sigma=(10.0,      80.0,      80.0,      80.0),
+    dm_levels  =((.15, .8), (.02, .98), (.02, .98), (.02, .98)),
+    fake_levels=((.15, .8), (0., 1.),  (0., 1.),  (0., 1.)),
+    gan_weight =(0.06,      6e-3,      6e-3,      3e-3),
+    gan_cap    =(1.0,       0.0,       0.0,       0.0),
+    disc_weight=(0.3,       1e-2,      1e-2,      1e-2),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
@@ -93,6 +108,10 @@ PRESETS = dict(
 STEPS = ()                      # what the generator is trained for
 
 
+def shares(text):
+    return tuple(map(float, text.split(",")))
+
+
 def method_options(add):
     add("--teacher", type=lambda path: str(pathlib.Path(path)),
         help="folder of another run, to take its teacher instead of training one")
@@ -100,17 +119,26 @@ def method_options(add):
     add("--teacher-batch", type=int, help="its images per update")
     add("--teacher-lr", type=float, help="its peak learning rate")
     add("--teacher-ema", type=float, help="its decay of the running mean")
+    add("--p-mean", type=float, help="mean of ln sigma in its training (EDM Table 1)")
+    add("--p-std", type=float, help="deviation of ln sigma in its training")
     add("--teacher-steps", type=int, help="Heun steps to score the teacher with, of two calls "
         "each; 0: do not [18 after a training, then 0]")
     add("--train-steps", type=int, help="calls that the generator learns to sample in [the largest "
         "of --steps]")
     add("--backward-simulation", action=argparse.BooleanOptionalAction, default=True,
         help="train later steps on the generator's own images; if not, on noised real ones")
-    add("--fake-updates", type=int, default=5, help="fake-score updates to one of the generator")
+    add("--start-sigma", type=float, help="noise level of the generator's first call")
+    add("--fake-updates", type=int, help="fake-score updates to one of the generator")
     add("--fake-lr", type=float, help="the fake score's peak learning rate")
+    add("--disc-lr", type=float, help="the discriminator head's peak learning rate")
     add("--dm-weight", type=float, default=1.0, help="of the distribution matching gradient")
     add("--gan-weight", type=float, help="of the generator's GAN loss; 0: no GAN")
-    add("--disc-weight", type=float, default=1e-2, help="of the discriminator in L_fake")
+    add("--gan-cap", type=float, help="bound of the GAN's gradient at the images, in norms of "
+        "distribution matching's; 0: none")
+    add("--disc-weight", type=float, help="of the discriminator in L_fake")
+    add("--dm-levels", type=shares, help="part of the table of noise levels that the generator's "
+        "losses see")
+    add("--fake-levels", type=shares, help="part that the fake score and discriminator learn")
     add("--regression", type=float, default=0.0, help="weight of DMD's regression loss")
     add("--pairs", type=int, default=2000, help="noise-image pairs of the teacher for it")
     add("--cfg", type=float, default=1.0, help="guidance of the teacher; 1: off")
@@ -139,7 +167,7 @@ def check_method(args):
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
-    for name in ("teacher_lr", "fake_lr", "teacher_ema", "label_dropout"):
+    for name in ("teacher_lr", "fake_lr", "disc_lr", "teacher_ema", "label_dropout"):
         value = getattr(args, name)
         if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
@@ -151,7 +179,18 @@ def check_method(args):
     if args.nulls and args.label_dropout == 0:
         raise UserError(f"--cfg {args.cfg}: needs a teacher that knows the null label; give a "
                         "--label-dropout above 0")
-    for name in ("dm_weight", "gan_weight", "disc_weight", "regression", "cfg"):
+    for name in ("dm_levels", "fake_levels"):
+        part = getattr(args, name)
+        if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {show(part)}: expected two shares of the "
+                            "table, ascending, as 0.02,0.98")
+    if not SIGMA_MIN < args.start_sigma <= SIGMA_MAX:
+        raise UserError(f"--start-sigma {args.start_sigma}: expected at most {SIGMA_MAX}, and more "
+                        f"than {SIGMA_MIN}")
+    if not (-10 < args.p_mean < 10 and 0 < args.p_std < 10):
+        raise UserError(f"--p-mean {args.p_mean} --p-std {args.p_std}: expected logarithms, the "
+                        "second above 0")
+    for name in ("dm_weight", "gan_weight", "gan_cap", "disc_weight", "regression", "cfg"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 0")
@@ -318,10 +357,12 @@ def karras(n):
     return (high + down * (low - high)) ** RHO
 
 
-def taus(steps):
-    """The levels at which a generator of so many steps is called: 80, then evenly down the table
-    (official code: 999, 749, 499, 249 of 1000 for four)."""
-    return [float(karras(LEVELS)[LEVELS - 1 - k * LEVELS // steps]) for k in range(steps)]
+def taus(steps, start=SIGMA_MAX):
+    """The levels at which a generator of so many steps is called: `start`, then evenly down the
+    table (official code: 999, 749, 499, 249 of 1000 for four)."""
+    table = karras(LEVELS)
+    n = min(LEVELS, int((table < start).sum()) + 1)         # levels up to it
+    return [float(table[n - 1 - k * n // steps]) for k in range(steps)]
 
 
 # ---- the networks --------------------------------------------------------------------------------
@@ -766,12 +807,12 @@ def teacher_pairs(run, generate, num_classes, begins):
     return z, y, from_uint8(x0).to(run.device)
 
 
-def draw(run, generator, real_score, fake_score, classes, name):
+def draw(run, generator, real_score, fake_score, classes, tau, name):
     """A picture of the training so far, of fixed noise: the generator's images (without EMA, as
     the fake score follows it), and what the teacher and the fake score make of them once noised
     to sigma = 2."""
     y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
-    x0 = sample(generator, noise, y, taus(run.args.train_steps))
+    x0 = sample(generator, noise, y, tau)
     sigma = torch.full((10,), 2.0, device=run.device)
     x_t = x0 + expand(sigma) * noise()
     with torch.no_grad():
@@ -800,12 +841,13 @@ def main(argv=None):
     for net in (teacher_ema, generator, generator_ema, fake_score):     # from here on: no dropout
         net.eval()
     teacher_ema.requires_grad_(False)
-    adam = lambda params, lr: torch.optim.AdamW(params, lr, (0.9, 0.99), weight_decay=0.01,
-                                                fused=True)
-    opt_teacher = adam(teacher.parameters(), args.teacher_lr)
+    adam = lambda params, lr, beta1=0.0: torch.optim.AdamW(params, lr, (beta1, 0.99),
+                                                           weight_decay=0.01, fused=True)
+    opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
     opt_generator = adam(generator.parameters(), args.lr)
     fake_params = [*fake_score.parameters(), *disc.parameters()]
-    opt_fake = adam(fake_params, args.fake_lr)
+    opt_fake = adam([dict(params=[*fake_score.parameters()]),
+                     dict(params=[*disc.parameters()], lr=args.disc_lr)], args.fake_lr)
     schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
     schedule_generator = warmup_cosine(opt_generator, args.iters)
     schedule_fake = warmup_cosine(opt_fake, args.iters)
@@ -845,7 +887,7 @@ def main(argv=None):
         if args.nulls:
             drop = torch.rand(len(y), device=device) < args.label_dropout
             y = torch.where(drop, null_class, y)
-        sigma = (P_MEAN + P_STD * torch.randn(len(y), device=device)).exp()
+        sigma = (args.p_mean + args.p_std * torch.randn(len(y), device=device)).exp()
         with autocast:
             loss = denoising_loss(teacher, x0, sigma, torch.randn_like(x0), y)
         loss.backward()
@@ -865,8 +907,12 @@ def main(argv=None):
 
     # Phase 2: the distillation. A step is one update of the generator and --fake-updates of the
     # fake score.
-    levels, tau = karras(LEVELS).float().to(device), taus(args.train_steps)
-    lowest, highest = int(0.02 * LEVELS), int(0.98 * LEVELS)
+    table, tau = karras(LEVELS).float().to(device), taus(args.train_steps, args.start_sigma)
+
+    def levels(part, n):
+        low, high = (min(int(share * LEVELS), LEVELS - 1) for share in part)
+        return table[torch.randint(low, high + 1, (n,), device=device)]
+
     if args.regression and trained:
         pairs = teacher_pairs(run, teach, null_class, run.step == begin)
     for step in run.steps(end, "distillation", args.batch * args.fake_updates):
@@ -881,7 +927,7 @@ def main(argv=None):
                 x0 = generator(x, torch.full(y.shape, tau[k], device=device), y)
             if i == 0:                                      # the generator's update
                 leaf = x0.detach().requires_grad_()
-                sigma = levels[torch.randint(lowest, highest + 1, (len(y),), device=device)]
+                sigma = levels(args.dm_levels, len(y))
                 with autocast:
                     loss_dm, loss_gan = generator_losses(
                         real_score, fake_score, disc, leaf, sigma, noise(), y,
@@ -889,6 +935,9 @@ def main(argv=None):
                 # Both at the image, to be weighed and watched there, then one pass through G.
                 grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
                 grad_gan = args.gan_weight * torch.autograd.grad(loss_gan, leaf)[0]
+                if args.gan_cap and args.dm_weight:
+                    bound = args.gan_cap * grad_dm.norm() / grad_gan.norm()
+                    grad_gan = torch.where(bound < 1, bound * grad_gan, grad_gan)
                 x0.backward(grad_dm + grad_gan)
                 x0 = x0.detach()
                 if args.regression:
@@ -908,7 +957,7 @@ def main(argv=None):
                         grad_norm=grad_norm, grad_dm=grad_dm.norm(), grad_gan=grad_gan.norm(),
                         mean=x0.mean(), std=x0.std())
 
-            sigma = levels[torch.randint(LEVELS, (2 * len(y),), device=device)]
+            sigma = levels(args.fake_levels, 2 * len(y))
             eps = torch.randn_like(torch.cat([x0, real]))
             with autocast:
                 if args.gan_weight:
@@ -928,13 +977,13 @@ def main(argv=None):
         run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
         if done % max(1, args.iters // 10) == 0:
             with autocast:
-                draw(run, generator, real_score, fake_score, scorer.classes,
+                draw(run, generator, real_score, fake_score, scorer.classes, tau,
                      f"progress/{step + 1:07d}.png")
 
     def sampler(G):
         def generate(noise, y, steps):
             with autocast:
-                return sample(G, noise, y, taus(steps))
+                return sample(G, noise, y, taus(steps, args.start_sigma))
         return generate
     if teacher_steps:
         evaluate(run, scorer, teach, [teacher_steps], "teacher ema", "teacher",

@@ -49,6 +49,7 @@ head = lambda features: 3 * features[-1].mean((1, 2, 3)) + 0.2
 def test_noise_levels_are_the_official_table():
     assert_close(karras(1000).float(), DMD2["karras_sigmas"], rtol=1e-5, atol=0)
     assert taus(4) == [float(karras(1000)[i]) for i in (999, 749, 499, 249)]
+    assert taus(2, 10.) == [float(karras(1000)[i]) for i in (670, 335)]
     assert taus(1) == [approx(80)] and taus(2) == taus(4)[::2] and len(taus(3)) == 3
 
 
@@ -98,7 +99,7 @@ def test_preconditioning_and_the_teachers_loss_are_edms():
     D, y = EDM(Tanh()), torch.zeros(5, dtype=torch.long)
     assert_close(D(EDMS["precond_x"], EDMS["precond_sigma"], y), EDMS["precond_D"], rtol=1e-4,
                  atol=1e-6)
-    sigma = (dmd2.P_MEAN + dmd2.P_STD * EDMS["loss_rnd_normal"].flatten()).exp()
+    sigma = (-1.2 + 1.2 * EDMS["loss_rnd_normal"].flatten()).exp()
     for i in range(5):
         loss = denoising_loss(D, EDMS["loss_y"][i:i + 1], sigma[i:i + 1],
                             EDMS["loss_noise_unit"][i:i + 1], y[:1])
@@ -259,7 +260,8 @@ def test_backward_simulation_sees_what_the_sampler_sees():
 # ---- the loop ------------------------------------------------------------------------------------
 
 TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 --blocks 1,1 " \
-       "--batch 4 --teacher-batch 4 --samples 0 --teacher-iters 2 --teacher-steps 2".split()
+       "--batch 4 --teacher-batch 4 --samples 0 --teacher-iters 2 --teacher-steps 2 " \
+       "--start-sigma 80 --dm-levels 0.02,0.98 --fake-levels 0,1 --gan-cap 0".split()  # official
 
 
 @pytest.fixture
@@ -393,6 +395,11 @@ def test_the_default_folder_says_how_many_calls(small):
     ("--cfg 2 --label-dropout 0", "--cfg 2.0: needs a teacher that knows the null label"),
     ("--teacher-lr 2", "--teacher-lr 2.0: expected a number between 0 and 1"),
     ("--gan-weight -1", "--gan-weight -1.0: expected at least 0"),
+    ("--dm-levels 0.02", "--dm-levels 0.02: expected two shares of the table"),
+    ("--fake-levels 0.5,0.5", "--fake-levels 0.5,0.5: expected two shares of the table, ascending"),
+    ("--start-sigma 81", "--start-sigma 81.0: expected at most 80.0"),
+    ("--start-sigma nan", "--start-sigma nan: expected at most 80.0"),
+    ("--p-std 0", "--p-std 0.0: expected logarithms"),
     ("--regression nan", "--regression nan: expected at least 0"),
     ("--dm-weight 0 --gan-weight 0", "nothing is left for the generator to learn from"),
     ("--teacher nowhere", "--teacher nowhere: holds no run of dmd2.py"),
@@ -448,7 +455,11 @@ def test_every_switch_trains_and_samples(small, tmp_path, line):
 
 # ---- what main passes to the losses --------------------------------------------------------------
 
-def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path):
+@pytest.mark.parametrize("line, generators, fakes, start", [
+    ("", (20, 980), (0, 999), 80.),                                             # the official
+    ("--dm-levels 0.1,0.6 --fake-levels 0.3,0.9 --start-sigma 10", (100, 600), (300, 900), 10.)])
+def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path, line, generators,
+                                                  fakes, start):
     """Noise levels over 2 to 98 % of the table for the generator, over all of it for the fake
     score; the generator is told the level of the call that its input is of."""
     levels, events, drawn = karras(1000).float(), [], dict(generator=[], fake=[])
@@ -472,14 +483,14 @@ def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path):
     for name in "draw", "evaluate":
         monkeypatch.setattr(dmd2, name, lambda *args: None)
     dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "40", "--batch", "32",
-               "--train-steps", "4", "--fake-updates", "2"])
-    for name, low, high in ("generator", 20, 980), ("fake", 0, 999):
+               "--train-steps", "4", "--fake-updates", "2", *line.split()])
+    for name, (low, high) in ("generator", generators), ("fake", fakes):
         index = torch.cat(drawn[name])[:, None].sub(levels).abs().argmin(1)
         assert low <= index.min() < low + 15 and high - 15 < index.max() <= high
         assert index.double().mean().item() == approx((low + high) / 2, abs=40)
     pairs = [(a[1], b[1]) for a, b in zip(events, events[1:]) if a[0] == "simulated"]
     assert len(pairs) == 80 and {k for k, _ in pairs} == {0, 1, 2, 3}
-    assert all(sigma == approx(taus(4)[k], rel=1e-5) for k, sigma in pairs)
+    assert all(sigma == approx(taus(4, start)[k], rel=1e-5) for k, sigma in pairs)
 
 
 @pytest.mark.parametrize("slot", [0, 1])
@@ -494,6 +505,16 @@ def test_the_generator_goes_down_both_gradients(small, monkeypatch, tmp_path, sl
     dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "30", "--lr", "1e-2",
                "--gan-weight", "1", "--fake-updates", "1"])
     assert np.mean(means[-5:]) > np.mean(means[:5]) + .3
+
+
+@pytest.mark.parametrize("cap, share", [("0.5", .5), ("1e9", None), ("0", None)])
+def test_the_gans_gradient_has_a_bound(small, tmp_path, cap, share):
+    dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "6", "--gan-weight", "1e4",
+               "--gan-cap", cap])
+    text = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    row = dict(zip(text[0].split(","), text[-1].split(",")))
+    ratio = float(row["grad_gan"]) / float(row["grad_dm"])
+    assert ratio > 5 if share is None else ratio == approx(share, rel=1e-4)
 
 
 def test_the_ema_is_the_closed_form_and_is_what_is_scored(small, monkeypatch, tmp_path):
