@@ -12,11 +12,11 @@ them, and where the two denoise an image differently, the image should move:
 with x = G(z), x_t = x + sigma eps: Eq. 2 (a score is held as its denoiser D, Eq. 1) with DMD's
 normaliser (2311.18828, Eq. 8), and the GAN of Eq. 4, whose logit l is a head on the fake score's
 encoder. (Eq. 4 prints -log D for the second term; the official code and this file have softplus.)
-Five updates of the fake score go with each of the generator (two time-scales).
+Five updates of the fake score (--fake-updates) go with each of the generator: two time-scales.
 
 Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
-two beginning as the teacher.
+two beginning as the teacher. (80 is --start-sigma.)
 
     python dmd2.py --steps 1                          # coloured shapes, on a CPU: eleven minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
@@ -41,7 +41,7 @@ Departs from the paper in:
     where the preset says so; official: never;
   * the head sits on the encoder's last features, as in the official code (paper: middle block);
   * the multi-step generator (in the paper of SDXL) is of the same kind: levels 999, 749, 499, 249
-    of the 1000;
+    of the 1000, when it begins at 80;
   * --regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
@@ -86,7 +86,6 @@ PRESETS = dict(
     batch      =(16,        256,       64,        256),
     lr         =(1e-3,      1e-4,      1e-4,      2e-5),
     fake_lr    =(2e-3,      1e-4,      1e-4,      2e-5),
-    disc_lr    =(2e-3,      1e-4,      1e-4,      2e-5),
     ema        =(0.98,      0.999,     0.999,     0.999),
     fake_updates=(2,        5,         5,         5),
     start_sigma=(10.0,      80.0,      80.0,      80.0),
@@ -130,7 +129,6 @@ def method_options(add):
     add("--start-sigma", type=float, help="noise level of the generator's first call")
     add("--fake-updates", type=int, help="fake-score updates to one of the generator")
     add("--fake-lr", type=float, help="the fake score's peak learning rate")
-    add("--disc-lr", type=float, help="the discriminator head's peak learning rate")
     add("--dm-weight", type=float, default=1.0, help="of the distribution matching gradient")
     add("--gan-weight", type=float, help="of the generator's GAN loss; 0: no GAN")
     add("--gan-cap", type=float, help="bound of the GAN's gradient at the images, in norms of "
@@ -167,7 +165,7 @@ def check_method(args):
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
-    for name in ("teacher_lr", "fake_lr", "disc_lr", "teacher_ema", "label_dropout"):
+    for name in ("teacher_lr", "fake_lr", "teacher_ema", "label_dropout"):
         value = getattr(args, name)
         if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
@@ -846,8 +844,7 @@ def main(argv=None):
     opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
     opt_generator = adam(generator.parameters(), args.lr)
     fake_params = [*fake_score.parameters(), *disc.parameters()]
-    opt_fake = adam([dict(params=[*fake_score.parameters()]),
-                     dict(params=[*disc.parameters()], lr=args.disc_lr)], args.fake_lr)
+    opt_fake = adam(fake_params, args.fake_lr)
     schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
     schedule_generator = warmup_cosine(opt_generator, args.iters)
     schedule_fake = warmup_cosine(opt_fake, args.iters)
