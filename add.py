@@ -396,10 +396,10 @@ class Head(nn.Module):
 
     def __init__(self, channels, condition):
         super().__init__()
-        sn, groups = nn.utils.parametrizations.spectral_norm, max(1, channels // 16)
+        sn = nn.utils.parametrizations.spectral_norm
         unit = lambda size: nn.Sequential(
             sn(nn.Conv2d(channels, channels, size, padding="same", padding_mode="circular")),
-            nn.GroupNorm(groups, channels), nn.LeakyReLU(0.2))
+            nn.LeakyReLU(0.2))
         self.first, self.residual = unit(1), unit(3)
         self.out = sn(nn.Conv2d(channels, 64 if condition else 1, 1))
         self.project = nn.Linear(condition, 64) if condition else None

@@ -82,18 +82,21 @@ PRESETS = dict(
     teacher_ema=(0.995,     0.9995,    0.999,     0.9999),
     p_mean     =(0.0,       -1.2,      -1.2,      -1.2),
     p_std      =(1.8,       1.2,       1.2,       1.2),
-    iters      =(450,       20_000,    10_000,    40_000),
+    pairs      =(4096,      10_000,    10_000,    10_000),
+    pairs_iters=(1500,      0,         0,         0),
+    iters      =(2000,      20_000,    10_000,    40_000),
     batch      =(16,        256,       64,        256),
-    lr         =(1e-3,      1e-4,      1e-4,      2e-5),
+    lr         =(3e-4,      1e-4,      1e-4,      2e-5),
     fake_lr    =(2e-3,      1e-4,      1e-4,      2e-5),
-    ema        =(0.98,      0.999,     0.999,     0.999),
+    ema        =(0.99,      0.999,     0.999,     0.999),
     fake_updates=(2,        5,         5,         5),
     start_sigma=(10.0,      80.0,      80.0,      80.0),
     dm_levels  =((.15, .8), (.02, .98), (.02, .98), (.02, .98)),
     fake_levels=((.15, .8), (0., 1.),  (0., 1.),  (0., 1.)),
-    gan_weight =(0.06,      6e-3,      6e-3,      3e-3),
+    gan_weight =(1.0,       6e-3,      6e-3,      3e-3),
     gan_cap    =(1.0,       0.0,       0.0,       0.0),
-    disc_weight=(0.3,       1e-2,      1e-2,      1e-2),
+    disc_weight=(1.0,       1e-2,      1e-2,      1e-2),
+    disc_maps  =(3,         1,         1,         1),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
@@ -134,11 +137,14 @@ def method_options(add):
     add("--gan-cap", type=float, help="bound of the GAN's gradient at the images, in norms of "
         "distribution matching's; 0: none")
     add("--disc-weight", type=float, help="of the discriminator in L_fake")
+    add("--disc-maps", type=int, help="of the encoder's maps, from the deepest, that it sees")
     add("--dm-levels", type=shares, help="part of the table of noise levels that the generator's "
         "losses see")
     add("--fake-levels", type=shares, help="part that the fake score and discriminator learn")
     add("--regression", type=float, default=0.0, help="weight of DMD's regression loss")
-    add("--pairs", type=int, default=2000, help="noise-image pairs of the teacher for it")
+    add("--pairs", type=int, help="noise-image pairs of the teacher's sampler, for this loss")
+    add("--pairs-iters", type=int, help="updates on this loss alone, before the distillation")
+    add("--pairs-lr", type=float, default=2e-3, help="their peak learning rate")
     add("--cfg", type=float, default=1.0, help="guidance of the teacher; 1: off")
     add("--label-dropout", type=float, default=0.1, help="share of null labels, with --cfg")
 
@@ -161,15 +167,18 @@ def check_method(args):
             raise UserError(f"--steps {n}: a generator trained for {args.train_steps} "
                             f"samples in {show(able)}")
     for name, low in dict(teacher_iters=1, teacher_batch=1, teacher_steps=0, fake_updates=1,
-                          pairs=1).items():
+                          pairs=1, pairs_iters=0, disc_maps=1).items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
-    for name in ("teacher_lr", "fake_lr", "teacher_ema", "label_dropout"):
+    for name in ("teacher_lr", "fake_lr", "pairs_lr", "teacher_ema", "label_dropout"):
         value = getattr(args, name)
         if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
                             "1")
+    if args.disc_maps > len(args.mult):
+        raise UserError(f"--disc-maps {args.disc_maps}: the encoder has {len(args.mult)}, one for "
+                        "each of --mult")
     if args.resolution >> (len(args.mult) - 1) < 2:
         raise UserError(f"--mult {show(args.mult)}: the discriminator needs a coarsest stage of "
                         "2x2 or more")
@@ -348,9 +357,9 @@ def warmup_cosine(opt, iters):
 
 # ---- noise levels --------------------------------------------------------------------------------
 
-def karras(n):
-    """n noise levels, ascending from 0.002 to 80 [n] (EDM Eq. 5)."""
-    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+def karras(n, start=SIGMA_MAX):
+    """n noise levels, ascending from 0.002 to `start` [n] (EDM Eq. 5)."""
+    low, high = SIGMA_MIN ** (1 / RHO), start ** (1 / RHO)
     down = torch.arange(n, dtype=torch.float64).flip(0) / max(1, n - 1)     # 0: the highest
     return (high + down * (low - high)) ** RHO
 
@@ -387,18 +396,30 @@ class EDM(nn.Module):
         return self.decode(self.encode(x, sigma, y), x, sigma, y)
 
 
-class Discriminator(nn.Sequential):
-    """A logit per image, from the deepest features of the fake score's encoder [B, C, S, S]."""
+class Discriminator(nn.Module):
+    """Logits [B, P] from the features of the fake score's encoder: one of the whole image from its
+    deepest map, and of places, from the maps above it. All maps weigh the same in a mean.
 
-    def __init__(self, channels, side):
-        groups = max(1, channels // 16)
-        super().__init__(
-            nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels),
-            nn.SiLU(), nn.Conv2d(channels, channels, side // 2), nn.GroupNorm(groups, channels),
-            nn.SiLU(), nn.Conv2d(channels, 1, 1))
+    channels: of the encoder's stages. side: of the deepest map. maps: how many of them are judged.
+    """
+
+    def __init__(self, channels, side, maps=1):
+        super().__init__()
+
+        def head(c, *whole):
+            down = nn.Conv2d(c, c, 4, stride=2, padding=1), nn.GroupNorm(max(1, c // 16), c)
+            return nn.Sequential(*down, nn.SiLU(), *whole, nn.Conv2d(c, 1, 1))
+
+        c = channels[-1]
+        self.heads = nn.ModuleList(map(head, channels[len(channels) - maps:-1]))
+        self.heads.append(head(c, nn.Conv2d(c, c, side // 2), nn.GroupNorm(max(1, c // 16), c),
+                               nn.SiLU()))
 
     def forward(self, features):
-        return super().forward(features[-1]).float().flatten()                          # [B]
+        maps = zip(self.heads, features[-len(self.heads):])
+        logits = [head(h).float().flatten(1) for head, h in maps]
+        most = max(l.shape[1] for l in logits)
+        return torch.cat([l.repeat(1, most // l.shape[1]) for l in logits], 1)
 
 
 def guided(D, x, sigma, y, cfg_scale=1.0, null_class=0):
@@ -492,9 +513,9 @@ def sample(G, noise, y, taus):
 
 
 @torch.no_grad()
-def heun(D, z, y, steps):
+def heun(D, z, y, steps, start=SIGMA_MAX):
     """The teacher's sampler: EDM Algorithm 1 from unit noise z [B, 3, R, R], 2 steps - 1 calls."""
-    sigmas = [*karras(steps).tolist()[::-1], 0.0]
+    sigmas = [*karras(steps, start).tolist()[::-1], 0.0]
     x, level = sigmas[0] * z, lambda sigma: torch.full(y.shape, sigma, device=z.device)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
         slope = (x - D(x, level(sigma), y)) / sigma
@@ -793,12 +814,13 @@ def load_teacher(folder, teacher_ema, run, nulls):
 
 def teacher_pairs(run, generate, num_classes, begins):
     """DMD's pairs: noise z and labels [N], and what the teacher's deterministic sampler makes of
-    them. Computed where the distillation begins, and kept in the run's folder."""
+    them, from the level where the generator begins. Computed when first needed, and kept in the
+    run's folder."""
     n, path = run.args.pairs, run.folder / "pairs.npz"
     y = (torch.arange(n) % max(1, num_classes)).to(run.device)
     z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
     if begins or not path.exists():
-        x0 = [generate(lambda: z[i:i + 256], y[i:i + 256], 18).cpu()
+        x0 = [generate(lambda: z[i:i + 256], y[i:i + 256]).cpu()
               for i in tqdm(range(0, n, 256), "pairs", disable=None)]
         run.write("pairs.npz", lambda path: np.savez(path, images=to_uint8(torch.cat(x0)).numpy()))
     x0 = torch.from_numpy(fid.read_arrays(path)["images"])
@@ -832,7 +854,8 @@ def main(argv=None):
         EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, null_class,
                  dropout=args.dropout)).to(device, memory_format=torch.channels_last)
         for _ in range(3))
-    disc = Discriminator(args.channels * args.mult[-1], args.resolution >> len(args.mult) - 1)
+    disc = Discriminator([args.channels * m for m in args.mult],
+                         args.resolution >> len(args.mult) - 1, args.disc_maps)
     disc.to(device, memory_format=torch.channels_last)
     teacher_ema = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(args.teacher_ema))
     generator_ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
@@ -845,17 +868,21 @@ def main(argv=None):
     opt_generator = adam(generator.parameters(), args.lr)
     fake_params = [*fake_score.parameters(), *disc.parameters()]
     opt_fake = adam(fake_params, args.fake_lr)
+    opt_pairs = adam(generator.parameters(), args.pairs_lr, 0.9)
     schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
+    schedule_pairs = warmup_cosine(opt_pairs, max(1, args.pairs_iters))
     schedule_generator = warmup_cosine(opt_generator, args.iters)
     schedule_fake = warmup_cosine(opt_fake, args.iters)
     run = Run(args, device, images, dict(
         teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
-        schedule_teacher=schedule_teacher, generator=generator, generator_ema=generator_ema,
+        schedule_teacher=schedule_teacher, opt_pairs=opt_pairs, schedule_pairs=schedule_pairs,
+        generator=generator, generator_ema=generator_ema,
         opt_generator=opt_generator, schedule_generator=schedule_generator, fake_score=fake_score,
         disc=disc, opt_fake=opt_fake, schedule_fake=schedule_fake))
     if args.teacher and not run.step:
         load_teacher(args.teacher, teacher_ema, run, args.nulls)
-    begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
+    taught = 0 if args.teacher else args.teacher_iters      # the steps where the phases end
+    begin = taught + args.pairs_iters
     end, trained = begin + args.iters, run.step < begin + args.iters
     teacher_steps = (18 if trained else 0) if args.teacher_steps is None else args.teacher_steps
     if args.compile:
@@ -867,9 +894,9 @@ def main(argv=None):
     def real_score(x, sigma, y):
         return guided(teacher_ema, x, sigma, y, args.cfg, null_class)
 
-    def teach(noise, y, steps):
+    def teach(noise, y, steps, start=SIGMA_MAX):
         with autocast:
-            return heun(real_score, noise(), y, steps)
+            return heun(real_score, noise(), y, steps, start)
 
     def batch(n):
         i = torch.randint(len(pixels), (n,), device=device)
@@ -879,7 +906,7 @@ def main(argv=None):
         return x0, labels[i]
 
     # Phase 1: the teacher.
-    for step in run.steps(begin, "teacher", args.teacher_batch):
+    for step in run.steps(taught, "teacher", args.teacher_batch):
         x0, y = batch(args.teacher_batch)
         if args.nulls:
             drop = torch.rand(len(y), device=device) < args.label_dropout
@@ -898,20 +925,41 @@ def main(argv=None):
             y = scorer.classes.repeat(10)[:10].to(device)
             x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 18)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
-    if run.step == begin:                                   # generator and fake score begin as it
-        for net in (generator, generator_ema.module, fake_score):
+    if run.step == taught:                                  # generator and fake score begin as it
+        for net in (generator, fake_score):
             net.load_state_dict(teacher_ema.module.state_dict())
 
-    # Phase 2: the distillation. A step is one update of the generator and --fake-updates of the
-    # fake score.
     table, tau = karras(LEVELS).float().to(device), taus(args.train_steps, args.start_sigma)
+    if trained and (args.regression or run.step < begin):
+        pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, tau[0]), null_class,
+                              run.step == taught)
 
+    def regression_loss(n):
+        """DMD's: the generator's images of n of the pairs' noises against the teacher's."""
+        i = torch.randint(args.pairs, (n,), device=device)
+        z, y, x0 = (t[i] for t in pairs)
+        with autocast:
+            x0_hat = generator(tau[0] * z, torch.full(y.shape, tau[0], device=device), y)
+        return (x0_hat - x0).square().mean()
+
+    # Phase 2: a short regression, so that the generator begins where the teacher's sampler ends.
+    for step in run.steps(begin, "pairs", args.batch):
+        loss = regression_loss(args.batch)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+        opt_pairs.step()
+        schedule_pairs.step()
+        opt_pairs.zero_grad()
+        run.add(loss_regression=loss.detach(), grad_norm=grad_norm)
+    if run.step == begin:
+        generator_ema.module.load_state_dict(generator.state_dict())
+
+    # Phase 3: the distillation. A step is one update of the generator and --fake-updates of the
+    # fake score.
     def levels(part, n):
         low, high = (min(int(share * LEVELS), LEVELS - 1) for share in part)
         return table[torch.randint(low, high + 1, (n,), device=device)]
 
-    if args.regression and trained:
-        pairs = teacher_pairs(run, teach, null_class, run.step == begin)
     for step in run.steps(end, "distillation", args.batch * args.fake_updates):
         for i in range(args.fake_updates):
             real, y = batch(args.batch)
@@ -938,11 +986,7 @@ def main(argv=None):
                 x0.backward(grad_dm + grad_gan)
                 x0 = x0.detach()
                 if args.regression:
-                    j = torch.randint(args.pairs, y.shape, device=device)
-                    z, y_z, x0_z = (t[j] for t in pairs)
-                    with autocast:
-                        x0_hat = generator(tau[0] * z, torch.full_like(sigma, tau[0]), y_z)
-                    loss = (x0_hat - x0_z).square().mean()
+                    loss = regression_loss(args.batch)
                     (args.regression * loss).backward()
                     run.add(loss_regression=loss.detach())
                 grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), 1.0)

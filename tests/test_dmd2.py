@@ -210,7 +210,7 @@ def inputs(n=4):
 
 
 def test_the_shared_pass_is_the_two_separate_ones():
-    D, disc, (x0, real, sigma, eps, y) = awake(), Discriminator(32, 8), inputs()
+    D, disc, (x0, real, sigma, eps, y) = awake(), Discriminator([16, 32], 8, 2), inputs()
     loss_fake, loss_disc = fake_score_losses(D, disc, x0, real, sigma, eps, y)
     x_t = x0 + column(sigma[:4]) * eps[:4]
     x_t_real = real + column(sigma[4:]) * eps[4:]
@@ -221,8 +221,20 @@ def test_the_shared_pass_is_the_two_separate_ones():
     assert_close(loss_disc, (1 + fakes.exp()).log().mean() + (1 + (-reals).exp()).log().mean())
 
 
+def test_every_map_that_is_judged_weighs_the_same():
+    """A logit of the whole image beside those of places: in a mean of all each map has its part."""
+    torch.manual_seed(0)
+    maps = [torch.randn(3, 16, 16, 16), torch.randn(3, 32, 8, 8)]
+    both, last = Discriminator([16, 32], 8, 2), Discriminator([16, 32], 8)
+    assert last(maps).shape == (3, 1) and both(maps).shape == (3, 128)
+    places, whole = (head(h).flatten(1) for head, h in zip(both.heads, maps))
+    assert places.shape == (3, 64) and whole.shape == (3, 1)
+    by_hand = ((1 + places.exp()).log().mean() + (1 + whole.exp()).log().mean()) / 2
+    assert torch.nn.functional.softplus(both(maps)).mean().item() == approx(by_hand.item())
+
+
 def test_gradients_reach_what_they_should_and_nothing_else():
-    teacher, fake, disc, (x0, _, sigma, eps, y) = awake(0), awake(1), Discriminator(32, 8), inputs()
+    teacher, fake, disc, (x0, _, sigma, eps, y) = awake(0), awake(1), Discriminator([16, 32], 8, 2), inputs()
     x0.requires_grad_()
     loss_dm, loss_gan = generator_losses(teacher, fake, disc, x0, sigma[:4], eps[:4], y[:4])
     params = [*teacher.parameters(), *fake.parameters(), *disc.parameters()]
@@ -261,7 +273,8 @@ def test_backward_simulation_sees_what_the_sampler_sees():
 
 TINY = "--device cpu --precision fp32 --resolution 16 --channels 16 --mult 1,1 --blocks 1,1 " \
        "--batch 4 --teacher-batch 4 --samples 0 --teacher-iters 2 --teacher-steps 2 " \
-       "--start-sigma 80 --dm-levels 0.02,0.98 --fake-levels 0,1 --gan-cap 0".split()  # official
+       "--start-sigma 80 --dm-levels 0.02,0.98 --fake-levels 0,1 --gan-cap 0 " \
+       "--disc-maps 1 --pairs-iters 0".split()                      # all this as the official
 
 
 @pytest.fixture
@@ -328,13 +341,14 @@ def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_p
 
 
 def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, tmp_path):
-    """A teacher of 4 steps and a distillation of 4, stopped after 2, 4 and 6."""
+    """A teacher of 4 steps, 2 on its pairs and a distillation of 4, stopped in each and between."""
     line = [*TINY, "--teacher-iters", "4", "--iters", "4", "--dropout", "0.2", "--flip",
+            "--pairs-iters", "2", "--pairs", "20", "--disc-maps", "2",
             "--steps", "1,2", "--samples", "20", "--features", "random"]
     dmd2.main([*line, "--out", str(tmp_path / "whole")])
     halves = [*line, "--out", str(tmp_path / "halves")]
     real = dmd2.Run.add
-    for stop in 2, 4, 6:
+    for stop in 2, 4, 5, 6, 8:
         def add(run, **scalars):
             real(run, **scalars)
             if run.step == stop - 1:                        # within the step before it
@@ -369,11 +383,49 @@ def test_pairs_are_the_teachers_whatever_is_drawn_later(small, monkeypatch, tmp_
     state = torch.load(tmp_path / "run" / "checkpoint.pt")["teacher_ema"]
     D = EDM(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
     D.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
-    by_hand = fid.from_uint8(fid.to_uint8(heun(D, z, y, 18)))
+    by_hand = fid.from_uint8(fid.to_uint8(heun(D, z, y, 8, 80)))
     assert_close(x0, by_hand, atol=1.1 / 127.5, rtol=0)     # quantised
     assert y.tolist() == [*range(10)] * 2
     dmd2.main(line)                                         # a finished run has no use for them
     assert len(seen) == 2
+
+
+def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_path):
+    """--pairs-iters: |G(tau z) - x0|^2 of the pairs alone, from the teacher's weights; then the
+    distillation begins, and the running mean with it."""
+    seen, pairs, real = [], [], dmd2.teacher_pairs
+    monkeypatch.setattr(dmd2, "teacher_pairs", lambda *a: pairs.extend(real(*a)) or pairs)
+    forward = EDM.forward
+    def spy(self, x, sigma, y):
+        x0 = forward(self, x, sigma, y)
+        if x0.requires_grad and self.training is False:
+            seen.append((x, sigma, y, x0.detach()))
+        return x0
+    monkeypatch.setattr(EDM, "forward", spy)
+    losses, add = [], dmd2.Run.add
+    monkeypatch.setattr(dmd2.Run, "add", lambda run, **scalars:
+                        losses.append(scalars.get("loss_regression")) or add(run, **scalars))
+    means, averaged, begun = [], dmd2.AveragedModel, []
+    monkeypatch.setattr(dmd2, "AveragedModel",
+                        lambda *a, **k: means.append(averaged(*a, **k)) or means[-1])
+    monkeypatch.setattr(dmd2, "generator_losses", lambda *a: begun.append(a[1]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dmd2.main([*TINY, "--start-sigma", "10", "--teacher-iters", "1", "--iters", "1", "--batch",
+                   "20", "--pairs-iters", "3", "--pairs", "20", "--out", str(tmp_path / "run")])
+    z, y, target = pairs
+    losses = [loss for loss in losses if loss is not None]
+    assert len(losses) == 3 and len(seen) == 4              # the fourth: the distillation's call
+    for (x, sigma, labels, x0), loss in zip(seen[:3], losses):
+        tau = taus(1, 10.)[0]
+        row = [int((tau * z - image).abs().amax((1, 2, 3)).argmin()) for image in x]
+        assert_close(x, tau * z[row])
+        assert_close(sigma, torch.full((20,), tau))
+        assert torch.equal(labels, y[row])
+        assert loss.item() == approx((x0 - target[row]).square().mean().item(), rel=1e-4)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert state["step"] == 4
+    assert_same(dict(means[1].module.state_dict()), dict(state["generator"]))
+    assert_same(dict(means[0].module.state_dict()), dict(begun[0].state_dict()))
 
 
 def test_the_default_folder_says_how_many_calls(small):
