@@ -68,9 +68,9 @@ PRESETS = dict(
     teacher_ema=(0.995,     0.9995,    0.999,     0.9999),
     iters      =(3000,      50_000,    30_000,    100_000),
     batch      =(16,        128,       64,        128),
-    lr         =(1e-3,      2e-4,      2e-4,      1e-4),
+    lr         =(5e-4,      2e-4,      2e-4,      1e-4),
     disc_lr    =(2e-3,      1e-3,      1e-3,      1e-3),
-    ema        =(0.99,      0.999,     0.999,     0.999),
+    ema        =(0.995,     0.999,     0.999,     0.999),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
@@ -97,7 +97,7 @@ def method_options(add):
         help="the student's times, in training and sampling; the last is pure noise")
     add("--student-init", choices=["teacher", "random"], default="teacher",
         help="random: Table 1c")
-    add("--distill-weight", type=float, default=2.5, help="lambda; 0: adversarial alone")
+    add("--distill-weight", type=float, default=80.0, help="lambda; 0: adversarial alone")
     add("--adv-weight", type=float, default=1.0, help="of the adversarial loss; 0: distillation "
         "alone")
     add("--weighting", choices=["exponential", "sds", "nfsd"], default="exponential",
@@ -108,13 +108,15 @@ def method_options(add):
         help="DDIM steps to the teacher's target (Table 1f)")
     add("--condition", choices=["none", "label", "image", "both"], default="both",
         help="what the heads are told (Table 1b)")
+    add("--tell-call", action=argparse.BooleanOptionalAction, default=True,
+        help="tell them which of its calls the student's image is of")
     add("--feature-net", choices=["teacher", "vit", "dinov2"], default="teacher",
         help="what the heads see through: the teacher's encoder; torchvision's ViT-B/16; the "
         "paper's DINOv2 ViT-S/14, by torch.hub, which runs that repository's code")
     add("--feature-noise", type=int, default=250,
         help="with the teacher's encoder: images are noised to a time up to this")
     add("--disc-lr", type=float, help="the heads' learning rate")
-    add("--r1", type=float, default=1e-5, help="gamma, weight of R1 on the heads' input features")
+    add("--r1", type=float, default=1e-3, help="gamma, weight of R1 on the heads' input features")
     add("--cfg", type=float, default=1.0, help="guidance of the teacher; 1: off")
     add("--label-dropout", type=float, default=0.1, help="share of null labels in the teacher's "
         "training; the heads' features, guidance and nfsd need them")
@@ -416,20 +418,25 @@ class Discriminator(nn.Module):
     """A head for each of the frozen network's feature maps, told the label and what x0 was.
 
     channels: of the maps. condition: none, label, image or both. c_img: the embedding of x0
-    [B, C_last]; where `known` [B] is False a learned vector stands in its place.
+    [B, C_last]; where `known` [B] is False a learned vector stands in its place. calls: the heads
+    are also told which of so many calls the student's image is of, k [B]; 0: they are not.
     """
 
-    def __init__(self, channels, num_classes, condition):
+    def __init__(self, channels, num_classes, condition, calls=0):
         super().__init__()
         label, image = condition in ("label", "both"), condition in ("image", "both")
+        self.call = nn.Embedding(calls, 64) if calls else None
         self.label = nn.Embedding(num_classes + 1, 64) if label else None
         self.image = nn.Sequential(nn.LayerNorm(channels[-1], elementwise_affine=False),
                                    nn.Linear(channels[-1], 64)) if image else None
         self.unknown = nn.Parameter(torch.randn(64)) if image else None
-        self.heads = nn.ModuleList(Head(c, 64 * (label + image)) for c in channels)
+        told = label + image + (calls > 0)
+        self.heads = nn.ModuleList(Head(c, 64 * told) for c in channels)
 
-    def forward(self, features, y, c_img, known):
+    def forward(self, features, y, c_img, known, k):
         c = [] if self.label is None else [self.label(y)]
+        if self.call is not None:
+            c.append(self.call(k))
         if self.image is not None:
             c.append(torch.where(known[:, None], self.image(c_img), self.unknown))
         c = torch.cat(c, 1) if c else None
@@ -850,12 +857,13 @@ def main(argv=None):
         net.eval()
     psi = teacher_ema.module.requires_grad_(False)
     widths = dict(teacher=[args.channels * m for m in args.mult], vit=4 * [768], dinov2=4 * [384])
-    disc = Discriminator(widths[args.feature_net], null_class, args.condition).to(device)
-    adam = lambda params, lr, betas=(0.9, 0.99), decay=0.01: torch.optim.AdamW(
-        params, lr, betas, weight_decay=decay, fused=True)
-    opt_teacher = adam(teacher.parameters(), args.teacher_lr)
-    opt_student = adam(student.parameters(), args.lr)
-    opt_disc = adam(disc.parameters(), args.disc_lr, (0.0, 0.99), 0.0)      # as StyleGAN-T's
+    disc = Discriminator(widths[args.feature_net], null_class, args.condition,
+                         len(args.taus) * args.tell_call).to(device)
+    adam = lambda params, lr, beta1=0.0, decay=0.01: torch.optim.AdamW(
+        params, lr, (beta1, 0.99), weight_decay=decay, fused=True)
+    opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
+    opt_student = adam(student.parameters(), args.lr)       # no momentum: two players (StyleGAN-T)
+    opt_disc = adam(disc.parameters(), args.disc_lr, decay=0.0)
     schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
     schedule_student, schedule_disc = (warmup_cosine(opt, args.iters)
                                        for opt in (opt_student, opt_disc))
@@ -920,7 +928,8 @@ def main(argv=None):
     taus = torch.tensor(args.taus, device=device)
     for step in run.steps(end, "distillation", args.batch):
         x0, y = batch(args.batch)
-        s = taus[torch.randint(len(taus), y.shape, device=device)]
+        k = torch.randint(len(taus), y.shape, device=device)
+        s = taus[k]
         x_s = student.noised(x0, s, torch.randn_like(x0))
         with autocast:
             x_hat = student(x_s, s, y)
@@ -939,8 +948,8 @@ def main(argv=None):
             known = s < T                                   # where x_s says nothing of x0: no c_img
             real = [f.float().requires_grad_() for f in real]
             with autocast:
-                logits_real = disc(real, y, c_img, known)
-                logits_fake = disc([f.detach() for f in fake], y, c_img, known)
+                logits_real = disc(real, y, c_img, known, k)
+                logits_fake = disc([f.detach() for f in fake], y, c_img, known, k)
             loss_disc = discriminator_loss(logits_real, logits_fake)
             penalty = r1_penalty(logits_real, real) if args.r1 else 0 * loss_disc
             (loss_disc + args.r1 * penalty).backward()
@@ -949,7 +958,7 @@ def main(argv=None):
             schedule_disc.step()
             opt_disc.zero_grad()
             with autocast:
-                loss_adv = adversarial_loss(disc(fake, y, c_img, known))
+                loss_adv = adversarial_loss(disc(fake, y, c_img, known, k))
             grad_adv = args.adv_weight * torch.autograd.grad(loss_adv, leaf)[0]
             with torch.no_grad():
                 mean = lambda logits: sum(l.mean() for l in logits) / len(logits)

@@ -222,9 +222,9 @@ def test_r1_is_taken_at_the_heads_inputs():
     assert_close(grad, 2 * w.detach() * 11)
 
 
-def heads(condition):
+def heads(condition, calls=4):
     torch.manual_seed(0)
-    disc = Discriminator([16, 32], 10, condition).eval()
+    disc = Discriminator([16, 32], 10, condition, calls).eval()
     if disc.unknown is not None:
         torch.nn.init.normal_(disc.unknown)
     return disc
@@ -235,22 +235,28 @@ def test_the_heads_are_told_what_they_should_and_where(condition):
     """c_img is not told where s = T: there both hinges see a learned vector in its place."""
     disc, features = heads(condition), [torch.randn(4, 16, 8, 8), torch.randn(4, 32, 4, 4)]
     y, image, known = torch.arange(4), torch.randn(4, 32), torch.tensor([True, True, False, False])
-    base = disc(features, y, image, known)
+    k = torch.arange(4)
+    base = disc(features, y, image, known, k)
     assert [l.shape for l in base] == [(4, 8, 8), (4, 4, 4)]
     moved = lambda other: [(a - b).abs().amax((1, 2)) > 1e-4 for a, b in zip(base, other)]
     has_label, has_image = condition in ("label", "both"), condition in ("image", "both")
-    for m in moved(disc(features, y + 1, image, known)):
+    for m in moved(disc(features, y + 1, image, known, k)):
         assert m.tolist() == [has_label] * 4
-    for m in moved(disc(features, y, image.flip(1), known)):
+    for m in moved(disc(features, y, image.flip(1), known, k)):
         assert m.tolist() == [has_image, has_image, False, False]
-    for m in moved(disc([f + 1 for f in features], y, image, known)):
+    for m in moved(disc([f + 1 for f in features], y, image, known, k)):
         assert m.all()
+    for m in moved(disc(features, y, image, known, k.flip(0))):
+        assert m.all()
+    without = heads(condition, 0)
+    assert_close(without(features, y, image, known, k), without(features, y, image, known, 0 * k))
 
 
 def test_r1_trains_the_heads_alone():
     disc, features = heads("both"), [torch.randn(4, 16, 8, 8), torch.randn(4, 32, 4, 4)]
     features = [f.requires_grad_() for f in features]
-    logits = disc(features, torch.arange(4), torch.randn(4, 32), torch.ones(4, dtype=torch.bool))
+    k = torch.arange(4)
+    logits = disc(features, k, torch.randn(4, 32), torch.ones(4, dtype=torch.bool), k)
     r1_penalty(logits, features).backward()
     assert disc.label.weight.grad.abs().max() > 0 and disc.image[1].weight.grad.abs().max() > 0
     assert all(head.first[0].parametrizations.weight.original.grad.abs().max() > 0
@@ -301,7 +307,8 @@ def test_the_student_begins_as_the_teacher_or_from_scratch(small, tmp_path, init
 
 @pytest.mark.parametrize("line", [
     "--condition none", "--condition label", "--condition image", "--adv-weight 0",
-    "--distill-weight 0", "--weighting sds", "--weighting nfsd", "--teacher-denoise-steps 2",
+    "--distill-weight 0", "--no-tell-call --condition none", "--weighting sds",
+    "--weighting nfsd", "--teacher-denoise-steps 2",
     "--cfg 1.5", "--r1 0", "--feature-noise 0", "--taus 500,1000 --steps 1,2", "--steps 1,3,4",
     "--precision bf16"])
 def test_every_switch_trains_and_samples(small, tmp_path, line):
@@ -381,9 +388,9 @@ def test_a_vision_transformer_gives_maps_of_four_blocks(monkeypatch):
 
 def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path):
     seen = dict(disc=[], encode=[], loss=[], student=[])
-    def heads(self, features, y, c_img, known, real=Discriminator.forward):
-        seen["disc"].append((y, c_img, known))
-        return real(self, features, y, c_img, known)
+    def heads(self, features, y, c_img, known, call, real=Discriminator.forward):
+        seen["disc"].append((c_img, known, call))
+        return real(self, features, y, c_img, known, call)
     def encode(self, x, t, y, real=Denoiser.encode):
         seen["encode"].append((t, y))
         return real(self, x, t, y)
@@ -405,10 +412,10 @@ def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path):
     assert set(s.tolist()) == {200, 400, 600, 1000} and len(seen["student"]) == 30
     for i, (x_s, t) in enumerate(seen["student"]):
         assert (x_s[t == 1000].std() - 1).abs() < .2        # nothing of the image is left
-        (y, c, known), (_, c2, known2), (_, c3, known3) = seen["disc"][3 * i:3 * i + 3]
-        for k in known, known2, known3:                     # real, fake, and the student's turn
-            assert torch.equal(k, t < 1000)
-        assert torch.equal(c, c2) and torch.equal(c, c3)
+        told = seen["disc"][3 * i:3 * i + 3]                # real, fake, and the student's turn
+        for c, known, call in told:
+            assert torch.equal(known, t < 1000) and torch.equal(c, told[0][0])
+            assert torch.equal(torch.tensor([200, 400, 600, 1000])[call], t)
         (t_fake, y1), (t_real, y2), (t_img, y3) = seen["encode"][3 * i:3 * i + 3]
         assert torch.equal(t_fake, t_real) and not t_img.any() and y1 is y2 is y3 is None
     noised = torch.cat([t for t, _ in seen["encode"]])
