@@ -31,6 +31,10 @@ Departs from the paper in:
     that show nothing are left out, and 2 fake-score updates go with each of the generator: 5 are
     better for each of its updates, not for each minute. The GAN's gradient at the image is kept
     no larger than that of Eq. 2: with 3 times its norm, a colour was gone after 1000 updates;
+  * there, too, the generator first learns 4096 of the teacher's noise-image pairs (the paper's
+    one-step SDXL has such a warm-up, F.4), which gives it all colours in their shares, and the
+    GAN has a head on every map of the encoder and a weight that counts: matching alone draws
+    some colours ever more often (red and yellow: from an eighth to a fifth in 300 updates);
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the
@@ -39,10 +43,11 @@ Departs from the paper in:
   * the generator has an EMA, which is what is scored (the raw weights too); official: none;
   * its labels are those of the batch of real images; official: uniform. Real images are mirrored
     where the preset says so; official: never;
-  * the head sits on the encoder's last features, as in the official code (paper: middle block);
+  * elsewhere the head sits on the encoder's last features, as in the official code (paper: middle
+    block);
   * the multi-step generator (in the paper of SDXL) is of the same kind: levels 999, 749, 499, 249
     of the 1000, when it begins at 80;
-  * --regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
+  * the regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
 import csv
