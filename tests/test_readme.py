@@ -8,15 +8,21 @@ import pytest
 import torchvision
 from PIL import Image
 
+import add
+import dmd2
 import fid
 import shortcut
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
-SCRIPTS = [c for c in COMMANDS if "python shortcut.py" in c and "--help" not in c]
+SCRIPTS = [c for c in COMMANDS if "--help" not in c
+           and any(f"python {name}.py" in c for name in ("shortcut", "dmd2", "add"))]
 TINY = "--device cpu --iters 2 --batch 4 --channels 16 --mult 1,1 --blocks 1,1 --samples 0 " \
        "--attention none".split()
+TEACHER = "--teacher-iters 1 --teacher-batch 4 --teacher-steps 2".split()
+MORE = dict(shortcut=[], add=TEACHER, dmd2=[*TEACHER, "--pairs", "4", "--pairs-iters", "1",
+                                            "--disc-maps", "2"])
 
 
 def test_the_two_commands_are_there():
@@ -33,7 +39,8 @@ def test_a_command_runs(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = fid.shapes(40, 32)
     monkeypatch.setattr(fid, "shapes", lambda resolution: small)
-    monkeypatch.setattr(shortcut, "draw", lambda *args: None)
+    for script in shortcut, add, dmd2:
+        monkeypatch.setattr(script, "draw", lambda *args: None)
     for folder in ("path/to/images", "data/train"):
         (tmp_path / folder / "one").mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / folder / "one" / "1.png")
@@ -43,9 +50,13 @@ def test_a_command_runs(command, tmp_path, monkeypatch):
             self.data, self.targets = np.zeros((20, 32, 32, 3), np.uint8), [0] * 20
             self.classes = [f"class {i}" for i in range(10)]
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
-    argv = shlex.split(command.split("python shortcut.py")[1])
-    args = shortcut.parse_args(argv)
-    shortcut.main(argv + TINY)
+    name, argv = re.search(r"python (shortcut|dmd2|add)\.py(.*)", command).groups()
+    script, argv = dict(shortcut=shortcut, dmd2=dmd2, add=add)[name], shlex.split(argv)
+    if "--teacher" in argv:                                 # the run that an earlier command left
+        at = argv.index("--teacher")
+        script.main(["--out", argv[at + 1], "--steps", "1"] + TINY + MORE[name])
+    args = script.parse_args(argv)
+    script.main(argv + TINY + MORE[name])
     assert all((pathlib.Path(args.out) / f"samples-{n}step.png").exists() for n in args.steps)
 
 
