@@ -933,6 +933,12 @@ def load_teacher(folder, teacher_ema, run, nulls):
 
 # ---- training ------------------------------------------------------------------------------------
 
+def rewind(disc, buffers):
+    """Spectral norm iterates its vectors with each call: micro-batches begin at the same ones."""
+    for now, then in zip(disc.buffers(), buffers):
+        now.copy_(then)
+
+
 def draw(run, student, teacher, classes, name):
     """A picture of the training so far, of fixed noise: the student's images in one call and in
     all, and what the teacher makes of the first once noised to t = 500."""
@@ -1058,7 +1064,9 @@ def main(argv=None):
         # The heads. Their features are of a frozen network: one pass serves both updates, unless
         # there are micro-batches, of which memory holds one.
         parts, conditions = [*slices(args)], []
+        iterated = [b.clone() for b in disc.buffers()]
         for rows in parts * (args.adv_weight > 0):
+            rewind(disc, iterated)
             x_hat, leaf, fake = forward(rows)
             with autocast, torch.no_grad():
                 real = extract(x0[rows], t_F[rows], eps_real[rows])
@@ -1082,7 +1090,9 @@ def main(argv=None):
             opt_disc.zero_grad()
             run.add(grad_norm_disc=norm_disc)
 
+        iterated = [b.clone() for b in disc.buffers()]
         for i, rows in enumerate(parts):
+            rewind(disc, iterated)
             if len(parts) > 1 or not args.adv_weight:
                 x_hat, leaf, fake = forward(rows)
             grad_adv = grad_distill = torch.zeros_like(leaf)
@@ -1137,9 +1147,9 @@ if __name__ == "__main__":
         if fid.processes()[1] > 1:
             distributed.destroy_process_group()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):                  # process 0 says it, and all are ended;
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # if not, it is this one's own trouble
-            time.sleep(2)
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, fid.LostProcess):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
+            time.sleep(2)                                   # if not, it is this one's own trouble
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):

@@ -1128,9 +1128,9 @@ if __name__ == "__main__":
         if fid.processes()[1] > 1:
             distributed.destroy_process_group()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):                  # process 0 says it, and all are ended;
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # if not, it is this one's own trouble
-            time.sleep(2)
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, fid.LostProcess):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
+            time.sleep(2)                                   # if not, it is this one's own trouble
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):

@@ -49,6 +49,10 @@ class UserError(Exception):
     the scripts print the message as one line and exit with code 2."""
 
 
+class LostProcess(UserError):
+    """Of several processes that train together another one is no longer there."""
+
+
 class Images(typing.NamedTuple):
     """A data set in memory.
 
@@ -101,9 +105,9 @@ def _together(collective, *tensors):
     try:
         collective(*tensors)
     except RuntimeError as error:                           # of a closed connection, or too long
-        why = " ".join(str(error).split()).rpartition("] ")[2]
-        raise UserError(f"another process has ended or hangs ({why[:80]}); the last checkpoint is "
-                        "kept, the same command goes on from it") from None
+        why = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
+        raise LostProcess(f"another process has ended or hangs ({why[:80]}); the last checkpoint "
+                          "is kept, the same command goes on from it") from None
 
 
 def total(tensor):
