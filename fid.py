@@ -360,7 +360,7 @@ def map_batches(files, resolution):
             raise UserError(f"{file}: cannot be read (no such file)")
     state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ctime_ns) for f in files]
     digest = lambda what: hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-    folder, place = CACHE / "batches", digest(os.path.realpath(files[0].parent))
+    folder, place = CACHE / "batches", digest(os.path.realpath(files[0]))
     path = folder / f"{place}-{digest([state, resolution])}.npy"
     about = path.with_suffix(".npz")                        # written first, so always there too
     with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # not there, or damaged
@@ -700,7 +700,7 @@ def reference(net, pixels, progress="data features", key=None):
             stats = load_statistics(file)
     if gather(torch.tensor([int(stats is not None)])).all():     # on all machines
         return stats
-    stats = statistics(net, pixels, progress, KEEP, shared=True)
+    stats = statistics(net, pixels, progress, KEEP, True)
     if processes()[0]:
         return stats
     with contextlib.suppress(OSError, UserError):           # no home, or a full one: not kept
