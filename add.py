@@ -302,6 +302,8 @@ def set_up(args):
     """
     device = fid.pick_device(args.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
                               if device.type == "cuda" else None)
         try:

@@ -134,9 +134,11 @@ def first_alone():
     meet = lambda: gather(torch.zeros(1))
     if processes()[0]:
         meet()
-    yield
-    if not processes()[0]:
-        meet()
+    try:
+        yield
+    finally:                                                # what fails for 0 fails for all
+        if not processes()[0]:
+            meet()
 
 
 def quiet():
