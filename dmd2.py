@@ -51,6 +51,7 @@ Departs from the paper in:
 """
 import argparse
 import csv
+import datetime
 import itertools
 import json
 import math
@@ -66,7 +67,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -101,7 +102,7 @@ PRESETS = dict(
     gan_weight =(1.0,       6e-3,      6e-3,      3e-3),
     gan_cap    =(1.0,       0.0,       0.0,       0.0),
     disc_weight=(1.0,       1e-2,      1e-2,      1e-2),
-    disc_maps  =(3,         1,         1,         1),
+    disc_maps  =(0,         1,         1,         1),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
@@ -142,7 +143,7 @@ def method_options(add):
     add("--gan-cap", type=float, help="bound of the GAN's gradient at the images, in norms of "
         "distribution matching's; 0: none")
     add("--disc-weight", type=float, help="of the discriminator in L_fake")
-    add("--disc-maps", type=int, help="of the encoder's maps, from the deepest, that it sees")
+    add("--disc-maps", type=int, help="how many of the encoder's maps it sees, from the deepest; 0: all")
     add("--dm-levels", type=shares, help="part of the table of noise levels that the generator's "
         "losses see")
     add("--fake-levels", type=shares, help="part that the fake score and discriminator learn")
@@ -172,7 +173,7 @@ def check_method(args):
             raise UserError(f"--steps {n}: a generator trained for {args.train_steps} "
                             f"samples in {show(able)}")
     for name, low in dict(teacher_iters=1, teacher_batch=1, teacher_steps=0, fake_updates=1,
-                          pairs=1, pairs_iters=0, disc_maps=1).items():
+                          pairs=1, pairs_iters=0, disc_maps=0).items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 31:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
@@ -215,7 +216,9 @@ def check_method(args):
 
 KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
 # The options that may differ from call to call of one run.
-FREE = "steps teacher_steps samples labels features inception device compile npz out".split()
+FREE = ("steps teacher_steps samples labels features inception device compile accumulate "
+        "checkpoint_activations npz out").split()
+CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def numbers(text):
@@ -251,7 +254,10 @@ def parse_args(argv=None):
         "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
     add("--iters", type=int, help="length of the training")
-    add("--batch", type=int, help="images per update")
+    add("--batch", type=int, help="images per update, of all processes together")
+    add("--accumulate", type=int, default=1, help="micro-batches to an update, to save memory")
+    add("--checkpoint-activations", action="store_true", default=False,
+        help="compute them twice, to save more memory")
     add("--lr", type=float, help="peak learning rate")
     add("--ema", type=float, help="decay of the running mean of the weights")
     add("--seed", type=int, default=0, help="of the weights, the training and the samples")
@@ -292,7 +298,8 @@ def parse_args(argv=None):
                             f"{show(args[name])}, not {show(value)}; give another --out")
     args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
 
-    for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
+    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, seed=0, channels=16,
+                          resolution=8).items():
         if not low <= getattr(args, name) < 2 ** 31:
             raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
     if args.samples == 1:
@@ -311,11 +318,14 @@ def parse_args(argv=None):
     for side in args.attention:
         if side not in [args.resolution >> i for i in range(len(args.mult))]:
             raise UserError(f"--attention {side}: no stage has that resolution")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("torchrun: this version trains in one process")
     check_method(args)
     if not args.steps:
         raise UserError("--steps: needs a number")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "teacher_batch"):
+        if getattr(args, name, 0) % (world * args.accumulate):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
+                            f"multiple of {world} processes x --accumulate {args.accumulate}")
     return args
 
 
@@ -334,12 +344,31 @@ def stored_args(folder):
         raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
     if stored.get("method") != METHOD:
         raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
-    return stored if (folder / "checkpoint.pt").exists() else {}
+    return stored if any((folder / name).exists() for name in CHECKPOINTS) else {}
 
 
 def set_up(args):
-    """-> the device, and the autocast context that networks run in. Settles args.precision."""
+    """-> the device, and the autocast context that networks run in. Settles args.precision.
+
+    Under torchrun, joins its processes: each has a device and a part of every batch of its own.
+    """
     device = fid.pick_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
+                              if device.type == "cuda" else None)
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # Long enough for one that writes or scores. One that is killed is missed at once.
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
+                                           "gloo", timeout=datetime.timedelta(minutes=10))
+        except (RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
+        if fid.processes()[0]:
+            sys.stdout = open(os.devnull, "w")              # process 0 speaks for all
     if args.precision == "auto":
         has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
         fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
@@ -351,6 +380,40 @@ def set_up(args):
 
 def expand(t):
     return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
+
+
+def draw_batch(pixels, labels, n, flip):
+    """n random images [n, 3, R, R] in [-1, 1], mirrored at random if `flip`, and their labels [n];
+    on the device of `labels` [N], wherever the `pixels` [N, 3, R, R] are."""
+    i = torch.randint(len(pixels), (n,), device=labels.device)
+    x = from_uint8(pixels[i.to(pixels.device)].to(labels.device))
+    if flip:
+        x = torch.where(expand(torch.rand(n, device=x.device) < 0.5), x.flip(3), x)
+    return x, labels[i]
+
+
+def slices(args, step=None):
+    """The rows of a batch that are this process's: a slice for each micro-batch.
+
+    All processes draw the same batch, noise and all, so that how it is shared out does not matter.
+    step: given where there is dropout, which must differ from slice to slice.
+    """
+    (rank, world), seed = fid.processes(), args.seed * 1_000_003
+    parts = world * args.accumulate
+    for part in range(rank, parts, world):
+        if step is not None and parts > 1:
+            torch.manual_seed((seed + step) * parts + part)
+        yield slice(part, None, parts)
+
+
+def mean_and_clip(params):
+    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
+    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
+    if world > 1:                                           # in one message
+        flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
+        for p, mean in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(mean.view_as(p))
+    return nn.utils.clip_grad_norm_(params, 1.0)
 
 
 def warmup_cosine(opt, iters):
@@ -405,10 +468,10 @@ class Discriminator(nn.Module):
     """Logits [B, P] from the features of the fake score's encoder: one of the whole image from its
     deepest map, and of places, from the maps above it. All maps weigh the same in a mean.
 
-    channels: of the encoder's stages. side: of the deepest map. maps: how many of them are judged.
+    channels: of the encoder's stages. side: of the deepest map. maps: how many are judged; 0: all.
     """
 
-    def __init__(self, channels, side, maps=1):
+    def __init__(self, channels, side, maps=0):
         super().__init__()
 
         def head(c, *whole):
@@ -416,7 +479,7 @@ class Discriminator(nn.Module):
             return nn.Sequential(*down, nn.SiLU(), *whole, nn.Conv2d(c, 1, 1))
 
         c = channels[-1]
-        self.heads = nn.ModuleList(map(head, channels[len(channels) - maps:-1]))
+        self.heads = nn.ModuleList(map(head, channels[-maps:-1]))
         self.heads.append(head(c, nn.Conv2d(c, c, side // 2), nn.GroupNorm(max(1, c // 16), c),
                                nn.SiLU()))
 
@@ -534,6 +597,23 @@ def heun(D, z, y, steps, start=SIGMA_MAX):
 
 # ---- common: the run folder ----------------------------------------------------------------------
 
+def read_checkpoint(folder):
+    """-> a run's newest checkpoint that can be read, its path, and what is wrong with a newer."""
+    wrong = None
+    for path in (folder / name for name in CHECKPOINTS):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state["method"], state["step"], state["data"]
+            return state, path, wrong
+        except FileNotFoundError:                           # killed between two renamings
+            continue
+        except Exception as error:                          # torch raises all sorts on a bad file
+            wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
+            if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+                break                                       # nothing is wrong with the file
+    raise UserError(f"{wrong}; give another --out, or move it away to train anew")
+
+
 class Run:
     """A run folder: arguments, log, checkpoint and pictures, and the signals that end a run.
 
@@ -546,12 +626,11 @@ class Run:
         self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
         self.data = [len(images.labels), *images.classes]   # another data set is another run
         self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
-        self.checkpoint = self.folder / "checkpoint.pt"
         try:
             (self.folder / "progress").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
-        if self.checkpoint.exists():
+        if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -566,27 +645,35 @@ class Run:
             sys.exit(128 + number)
 
     def write(self, name, write):
-        """Write a file by write(path), under a temporary name: whole or not at all."""
+        """Write a file by write(path), under a temporary name: whole or not at all.
+
+        Process 0 does, and the others wait. Of checkpoints the last is kept too: wherever a kill
+        comes between the lines, one of the two is there and whole.
+        """
         path = self.folder / name
         temporary = path.with_name(f".{path.name}")     # keeps the ending, which says the format
         try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if fid.processes()[0] == 0:
+                write(temporary)
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                if name == CHECKPOINTS[0] and path.exists():
+                    os.replace(path, self.folder / CHECKPOINTS[1])
+                os.replace(temporary, path)
         except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
             temporary.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
                             "what was there is kept") from None
+        fid.gather(torch.zeros(1))
 
     def save(self):
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= dict(method=METHOD, step=self.step, data=self.data)
-        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.write(CHECKPOINTS[0], lambda path: torch.save(state, path))
 
     def load(self):
+        state, path, wrong = read_checkpoint(self.folder)
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             if state["method"] != METHOD:
                 raise UserError(f"is of {state['method']}.py")
             if state["data"] != self.data:
@@ -596,9 +683,13 @@ class Run:
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
             self.step = state["step"]
+            if wrong and fid.processes()[0] == 0:
+                os.replace(self.folder / CHECKPOINTS[0], self.folder / "checkpoint-broken.pt")
+                print(f"{wrong}; it is now checkpoint-broken.pt, and {path.name}, of step "
+                      f"{self.step}, is used", flush=True)
         except Exception as error:                          # torch raises all sorts on a bad file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
-            raise UserError(f"{self.checkpoint}: {' '.join(str(why).split())[:200]}; "
+            raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
                             "give another --out, or move it away to train anew") from None
 
     def begin(self, what, end):
@@ -611,6 +702,8 @@ class Run:
         cuda = self.device.type == "cuda"
         hardware = torch.cuda.get_device_name(self.device) if cuda else \
             f"{platform.machine()} {self.device}, {torch.get_num_threads()} threads"
+        if fid.processes()[1] > 1:
+            hardware = f"{fid.processes()[1]} x {hardware}"
         about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
                      python=platform.python_version(), torch=torch.__version__)
         self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
@@ -628,14 +721,17 @@ class Run:
         self.begin(what, end)
         self.images = images
         self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
-        with tqdm(total=end, initial=self.step, desc=what, unit="it", disable=None) as self.bar:
+        with tqdm(total=end, initial=self.step, desc=what, unit="it",
+                  disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                stop, last = self.signal, self.step == end
-                due = stop or last or time.monotonic() - saved > 60
+                # A signal to one process, and the clock of one, are those of all.
+                mine = [self.signal or 0, int(time.monotonic() - saved > 60)]
+                stop, late = fid.gather(torch.tensor(mine)).amax(0).tolist()
+                due = stop or late or self.step == end
                 if due or self.step % 50 == 0:
                     self.log()                              # first: it refuses what is not finite
                 if due:
@@ -649,16 +745,18 @@ class Run:
         if self.signal:                                     # it came with the last checkpoint
             sys.exit(128 + self.signal)
 
-    def add(self, **scalars):
-        """Sum a step's scalars, on the device, for the next row of the log."""
+    def add(self, rows=1, **scalars):
+        """Sum scalars, on the device, for the next row of the log. rows: a mean's weight in it."""
         for name, value in scalars.items():
             total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value, count + 1
+            self.sums[name] = total + rows * value, count + rows
 
     def log(self):
         """One row of log.csv, means since the last; ends the run if one is not finite."""
         (then, step), now = self.since, time.monotonic()
-        row = {name: float(total / count) for name, (total, count) in self.sums.items()}
+        sums = [[float(total), count] for total, count in self.sums.values()]
+        sums = fid.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        row = {name: total / n for name, (total, n) in zip(self.sums, sums) if n}
         row["img_per_s"] = (self.step - step) * self.images / (now - then)
         for name, value in row.items():
             if not math.isfinite(value):
@@ -732,7 +830,8 @@ class Scorer:
     what cannot work is said at once; computed when first needed."""
 
     def __init__(self, args, device, images):
-        self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
+        self.args, self.images = args, images
+        self.name = images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
         self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
         self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
@@ -744,8 +843,10 @@ class Scorer:
     def __call__(self, pixels):
         """The distance of samples [N, 3, R, R] uint8 to the data."""
         if self.reference is None:
-            self.reference = fid.reference(self.net, self.images.pixels[self.wanted])
-        return fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
+            key = None if self.args.labels else self.images.key
+            self.reference = fid.reference(self.net, self.images.pixels[self.wanted], key=key)
+        return fid.distance(fid.statistics(self.net, pixels, "features", shared=True),
+                            self.reference)
 
 
 def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
@@ -761,15 +862,21 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         labels = known[torch.arange(count) * len(known) // count]
         labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
         labels[:80] = classes.repeat(10)[:10].repeat(8)
-        pixels, spent = [], 0.0
-        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
-            for i in range(0, count, 256):
-                y, start = labels[i:i + 256].to(run.device), time.perf_counter()
-                noise = noise_of(range(i, i + len(y)), args, run.device)
-                pixels.append(to_uint8(generate(noise, y, n)).cpu())        # .cpu() waits
+        # In turn a batch for each process: samples are those of one process, bit for bit.
+        (rank, world), pixels, spent = fid.processes(), [], 0.0
+        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
+                  disable=fid.quiet()) as bar:
+            for first in range(0, count, 256 * world):
+                i, start = first + 256 * rank, time.perf_counter()
+                y = labels[i:i + 256].to(run.device)
+                own = torch.zeros(256, 3, args.resolution, args.resolution, dtype=torch.uint8)
+                if len(y):
+                    noise = noise_of(range(i, i + len(y)), args, run.device)
+                    own[:len(y)] = to_uint8(generate(noise, y, n)).cpu()    # .cpu() waits
+                pixels.append(fid.gather(own).flatten(0, 1))
                 spent += time.perf_counter() - start
-                bar.update(len(y))
-        pixels = torch.cat(pixels)
+                bar.update(min(256 * world, count - first))
+        pixels = torch.cat(pixels)[:count]
         save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
         if args.npz:
             images = pixels.permute(0, 2, 3, 1).numpy()
@@ -788,7 +895,18 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
-# ---- common to add.py and dmd2.py: another run's teacher -----------------------------------------
+# ---- common to add.py and dmd2.py ----------------------------------------------------------------
+
+def norm(gradient):
+    """The norm over all processes' images of a gradient, of a loss that is a mean over them."""
+    return fid.total(gradient.square().sum()).sqrt() / fid.processes()[1]
+
+
+def moments(x):
+    """Mean and standard deviation of all processes' images."""
+    mean, square = fid.gather(torch.stack([x.mean(), x.square().mean()])).mean(0)
+    return dict(mean=mean, std=(square - mean ** 2).clamp(min=0).sqrt())
+
 
 def load_teacher(folder, teacher_ema, run, nulls):
     """The teacher in another run's folder. nulls: it must know the null label."""
@@ -802,8 +920,7 @@ def load_teacher(folder, teacher_ema, run, nulls):
                                 f"{show(getattr(run.args, name))}; give that here too")
         if nulls and not stored["nulls"]:
             raise UserError("was trained without null labels; train it with --cfg to guide it")
-        path = pathlib.Path(folder) / "checkpoint.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(pathlib.Path(folder))[0]
         if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
             raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
         if state["data"] != run.data:
@@ -811,7 +928,7 @@ def load_teacher(folder, teacher_ema, run, nulls):
         teacher_ema.load_state_dict(state["teacher_ema"])
     except Exception as error:                              # torch raises all sorts on a bad file
         why = error if isinstance(error, UserError) else f"cannot be read: {error!r}"
-        why = " ".join(str(why).split())[:200].replace("; give another --out", "")
+        why = " ".join(str(why).split())[:200].partition("; give another --out")[0]
         raise UserError(f"--teacher {folder}: {why}") from None
 
 
@@ -824,9 +941,9 @@ def teacher_pairs(run, generate, num_classes, begins):
     n, path = run.args.pairs, run.folder / "pairs.npz"
     y = (torch.arange(n) % max(1, num_classes)).to(run.device)
     z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
-    if begins or not path.exists():
+    if fid.gather(torch.tensor([int(begins or not path.exists())])).any():  # in one, so in all
         x0 = [generate(lambda: z[i:i + 256], y[i:i + 256]).cpu()
-              for i in tqdm(range(0, n, 256), "pairs", disable=None)]
+              for i in tqdm(range(0, n, 256), "pairs", disable=fid.quiet())]
         run.write("pairs.npz", lambda path: np.savez(path, images=to_uint8(torch.cat(x0)).numpy()))
     x0 = torch.from_numpy(fid.read_arrays(path)["images"])
     return z, y, from_uint8(x0).to(run.device)
@@ -852,12 +969,15 @@ def main(argv=None):
     scorer, null_class = Scorer(args, device, images), len(images.classes)
     if args.cfg != 1 and not images.classes:
         raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
-    pixels, labels = images.pixels.to(device), images.labels.to(device)
+    pixels, labels = images.pixels, images.labels.to(device)
+    if pixels.numel() < 2 ** 31:                            # more than 2 GB stay where they are
+        pixels = pixels.to(device)
 
     torch.manual_seed(args.seed)
     teacher, generator, fake_score = (
         EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, null_class,
-                 dropout=args.dropout)).to(device, memory_format=torch.channels_last)
+                 dropout=args.dropout, checkpoint=args.checkpoint_activations))
+        .to(device, memory_format=torch.channels_last)
         for _ in range(3))
     disc = Discriminator([args.channels * m for m in args.mult],
                          args.resolution >> len(args.mult) - 1, args.disc_maps)
@@ -904,11 +1024,7 @@ def main(argv=None):
             return heun(real_score, noise(), y, steps, start)
 
     def batch(n):
-        i = torch.randint(len(pixels), (n,), device=device)
-        x0 = from_uint8(pixels[i])
-        if args.flip:
-            x0 = torch.where(expand(torch.rand(n, device=device) < 0.5), x0.flip(3), x0)
-        return x0, labels[i]
+        return draw_batch(pixels, labels, n, args.flip)
 
     # Phase 1: the teacher.
     for step in run.steps(taught, "teacher", args.teacher_batch):
@@ -917,15 +1033,18 @@ def main(argv=None):
             drop = torch.rand(len(y), device=device) < args.label_dropout
             y = torch.where(drop, null_class, y)
         sigma = (args.p_mean + args.p_std * torch.randn(len(y), device=device)).exp()
-        with autocast:
-            loss = denoising_loss(teacher, x0, sigma, torch.randn_like(x0), y)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        eps = torch.randn_like(x0)
+        for rows in slices(args, step):
+            with autocast:
+                loss = denoising_loss(teacher, x0[rows], sigma[rows], eps[rows], y[rows])
+            (loss / args.accumulate).backward()
+            run.add(loss_teacher=loss.detach())
+        grad_norm = mean_and_clip(teacher.parameters())
         opt_teacher.step()
         schedule_teacher.step()
         opt_teacher.zero_grad()
         teacher_ema.update_parameters(teacher)
-        run.add(loss_teacher=loss.detach(), grad_norm=grad_norm)
+        run.add(grad_norm=grad_norm)
         if (step + 1) % max(1, args.teacher_iters // 5) == 0:
             y = scorer.classes.repeat(10)[:10].to(device)
             x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 18)
@@ -939,9 +1058,8 @@ def main(argv=None):
         pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, tau[0]), null_class,
                               run.step == taught)
 
-    def regression_loss(n):
-        """DMD's: the generator's images of n of the pairs' noises against the teacher's."""
-        i = torch.randint(args.pairs, (n,), device=device)
+    def regression_loss(i):
+        """DMD's: the generator's images of the noises of these pairs against the teacher's."""
         z, y, x0 = (t[i] for t in pairs)
         with autocast:
             x0_hat = generator(tau[0] * z, torch.full(y.shape, tau[0], device=device), y)
@@ -949,13 +1067,16 @@ def main(argv=None):
 
     # Phase 2: a short regression, so that the generator begins where the teacher's sampler ends.
     for step in run.steps(begin, "pairs", args.batch):
-        loss = regression_loss(args.batch)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+        i = torch.randint(args.pairs, (args.batch,), device=device)
+        for rows in slices(args):
+            loss = regression_loss(i[rows])
+            (loss / args.accumulate).backward()
+            run.add(loss_regression=loss.detach())
+        grad_norm = mean_and_clip(generator.parameters())
         opt_pairs.step()
         schedule_pairs.step()
         opt_pairs.zero_grad()
-        run.add(loss_regression=loss.detach(), grad_norm=grad_norm)
+        run.add(grad_norm=grad_norm)
     if run.step == begin:
         generator_ema.module.load_state_dict(generator.state_dict())
 
@@ -970,54 +1091,68 @@ def main(argv=None):
             real, y = batch(args.batch)
             noise = lambda: torch.randn_like(real)
             k = int(torch.randint(args.train_steps, ()))    # one call for the whole batch
-            with torch.no_grad(), autocast:
-                x = (step_input(generator, noise, y, tau, k)
-                     if args.backward_simulation or k == 0 else real + tau[k] * noise())
-            with torch.set_grad_enabled(i == 0), autocast:
-                x0 = generator(x, torch.full(y.shape, tau[k], device=device), y)
-            if i == 0:                                      # the generator's update
+            simulate = args.backward_simulation or k == 0
+            z = [noise() for _ in range(k + 1 if simulate else 1)]
+            if i == 0:
+                sigma, eps = levels(args.dm_levels, len(y)), noise()
+                if args.regression:
+                    j = torch.randint(args.pairs, y.shape, device=device)
+            # Of the generated, then of the real images.
+            sigma_fake = levels(args.fake_levels, 2 * len(y)).view(2, -1)
+            eps_fake = torch.randn_like(torch.stack([real, real]))
+            generated = []
+            for rows in slices(args):
+                draws, label = iter(z), y[rows]
+                with torch.no_grad(), autocast:
+                    x = (step_input(generator, lambda: next(draws)[rows], label, tau, k)
+                         if simulate else real[rows] + tau[k] * z[0][rows])
+                with torch.set_grad_enabled(i == 0), autocast:
+                    x0 = generator(x, torch.full(label.shape, tau[k], device=device), label)
+                generated.append(x0.detach())
+                if i:                                       # the generator's update is the first's
+                    continue
                 leaf = x0.detach().requires_grad_()
-                sigma = levels(args.dm_levels, len(y))
                 with autocast:
                     loss_dm, loss_gan = generator_losses(
-                        real_score, fake_score, disc, leaf, sigma, noise(), y,
+                        real_score, fake_score, disc, leaf, sigma[rows], eps[rows], label,
                         args.dm_weight > 0, args.gan_weight > 0)
                 # Both at the image, to be weighed and watched there, then one pass through G.
                 grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
                 grad_gan = args.gan_weight * torch.autograd.grad(loss_gan, leaf)[0]
                 if args.gan_cap and args.dm_weight:
-                    bound = args.gan_cap * grad_dm.norm() / grad_gan.norm()
+                    bound = args.gan_cap * norm(grad_dm) / norm(grad_gan)
                     grad_gan = torch.where(bound < 1, bound * grad_gan, grad_gan)
-                x0.backward(grad_dm + grad_gan)
-                x0 = x0.detach()
+                x0.backward((grad_dm + grad_gan) / args.accumulate)
                 if args.regression:
-                    loss = regression_loss(args.batch)
-                    (args.regression * loss).backward()
+                    loss = regression_loss(j[rows])
+                    (args.regression / args.accumulate * loss).backward()
                     run.add(loss_regression=loss.detach())
-                grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+                run.add(loss_dm=loss_dm.detach(), loss_gan_g=loss_gan.detach(),
+                        grad_dm=norm(grad_dm), grad_gan=norm(grad_gan), **moments(leaf.detach()))
+            if i == 0:
+                grad_norm = mean_and_clip(generator.parameters())
                 opt_generator.step()
                 schedule_generator.step()
                 opt_generator.zero_grad()
                 generator_ema.update_parameters(generator)
-                run.add(loss_dm=loss_dm.detach(), loss_gan_g=loss_gan.detach(),
-                        grad_norm=grad_norm, grad_dm=grad_dm.norm(), grad_gan=grad_gan.norm(),
-                        mean=x0.mean(), std=x0.std())
+                run.add(grad_norm=grad_norm)
 
-            sigma = levels(args.fake_levels, 2 * len(y))
-            eps = torch.randn_like(torch.cat([x0, real]))
-            with autocast:
-                if args.gan_weight:
-                    loss_fake, loss_disc = fake_score_losses(fake_score, disc, x0, real, sigma, eps,
-                                                             y.repeat(2))
-                    run.add(loss_gan_d=loss_disc.detach())
-                else:
-                    n, loss_disc = len(y), 0
-                    loss_fake = denoising_loss(fake_score, x0, sigma[:n], eps[:n], y)
-            (loss_fake + args.disc_weight * loss_disc).backward()
-            grad_norm = nn.utils.clip_grad_norm_(fake_params, 1.0)
+            for rows, x0 in zip(slices(args), generated):
+                part = sigma_fake[:, rows].flatten(), eps_fake[:, rows].flatten(0, 1)
+                with autocast:
+                    if args.gan_weight:
+                        loss_fake, loss_disc = fake_score_losses(
+                            fake_score, disc, x0, real[rows], *part, y[rows].repeat(2))
+                        run.add(loss_gan_d=loss_disc.detach())
+                    else:
+                        n, loss_disc = len(x0), 0
+                        loss_fake = denoising_loss(fake_score, x0, *(t[:n] for t in part), y[rows])
+                ((loss_fake + args.disc_weight * loss_disc) / args.accumulate).backward()
+                run.add(loss_fake=loss_fake.detach())
+            grad_norm = mean_and_clip(fake_params)
             opt_fake.step()
             opt_fake.zero_grad()
-            run.add(loss_fake=loss_fake.detach(), grad_norm_fake=grad_norm)
+            run.add(grad_norm_fake=grad_norm)
         schedule_fake.step()
         done = step + 1 - begin
         run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
@@ -1043,7 +1178,12 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        if fid.processes()[1] > 1:
+            distributed.destroy_process_group()
     except UserError as error:
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, fid.LostProcess):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
+            time.sleep(2)                                   # if not, it is this one's own trouble
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):

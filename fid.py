@@ -37,7 +37,7 @@ import scipy.linalg
 import torch
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
@@ -49,6 +49,10 @@ class UserError(Exception):
     the scripts print the message as one line and exit with code 2."""
 
 
+class LostProcess(UserError):
+    """Of several processes that train together another one is no longer there."""
+
+
 class Images(typing.NamedTuple):
     """A data set in memory.
 
@@ -58,6 +62,7 @@ class Images(typing.NamedTuple):
     labels: torch.Tensor            # [N] int64
     classes: list                   # names; the null class is len(classes)
     name: str                       # as a score's protocol line calls the set
+    key: str = None                 # a hash of the pixels, where they are too many to hash anew
 
 
 def pick_device(name):
@@ -85,6 +90,60 @@ def to_uint8(x):
 def from_uint8(pixels):
     """uint8 -> floats in [-1, 1]."""
     return pixels.float() / 127.5 - 1
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+def processes():
+    """This process's rank and how many there are, of torchrun's; 0 and 1 without it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _together(collective, *tensors):
+    try:
+        collective(*tensors)
+    except RuntimeError as error:                           # of a closed connection, or too long
+        why = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
+        raise LostProcess(f"another process has ended or hangs ({why[:80]}); the last checkpoint "
+                          "is kept, the same command goes on from it") from None
+
+
+def total(tensor):
+    """The sum of all processes' tensors, in the place of each."""
+    if processes()[1] > 1:
+        _together(distributed.all_reduce, tensor)
+    return tensor
+
+
+def gather(tensor):
+    """All processes' tensors of one shape [...] -> [processes, ...], in each; also a meeting point,
+    which none leaves before the last has come."""
+    parts = [torch.empty_like(tensor) for _ in range(processes()[1])]
+    if len(parts) == 1:
+        return tensor[None]
+    _together(distributed.all_gather, parts, tensor)
+    return torch.stack(parts)
+
+
+@contextlib.contextmanager
+def first_alone():
+    """Process 0 goes through a block first, the others after it: what it has downloaded or written
+    they find there. (On another machine they do not: then they do it too.)"""
+    meet = lambda: gather(torch.zeros(1))
+    if processes()[0]:
+        meet()
+    try:
+        yield
+    finally:                                                # what fails for 0 fails for all
+        if not processes()[0]:
+            meet()
+
+
+def quiet():
+    """For tqdm's `disable`: process 0 alone shows bars, on a terminal."""
+    return True if processes()[0] else None
 
 
 # ---- data: shapes --------------------------------------------------------------------------------
@@ -253,7 +312,7 @@ def read_folder(folder, resolution):
                         "into a class folder, or none")
     with concurrent.futures.ThreadPoolExecutor() as pool:               # decoding frees the GIL
         read = tqdm(pool.map(lambda p: _read_image(p, resolution), files), "reading images",
-                    total=len(files), unit="img", leave=False, disable=None)
+                    total=len(files), unit="img", leave=False, disable=quiet())
         try:
             pixels = list(read)
         except BaseException:                           # also Ctrl-C: do not decode the rest
@@ -269,9 +328,10 @@ def read_folder(folder, resolution):
 
 
 def read_batches(files, resolution):
-    """Downsampled ImageNet (Chrabaszcz et al. 2017):
-    `data` [N, 3*R*R] uint8, `labels` 1..1000 per file."""
-    pixels, labels = [], []
+    """Downsampled ImageNet (Chrabaszcz et al. 2017): one file after the other, pixels and labels.
+
+    In a file `data` [N, 3*R*R] uint8, `labels` 1..1000.
+    """
     for file in files:
         batch = read_arrays(file)
         if not {"data", "labels"} <= set(batch):
@@ -287,9 +347,59 @@ def read_batches(files, resolution):
         if label.min() < 1 or label.max() > 1000:
             raise UserError(f"{file}: labels run from {label.min()} to {label.max()}; "
                             "expected 1 to 1000")
-        pixels.append(torch.from_numpy(data).view(-1, 3, resolution, resolution))
-        labels.append(torch.from_numpy(label.astype(np.int64)) - 1)
-    return torch.cat(pixels), torch.cat(labels), [str(i) for i in range(1000)]
+        yield data.reshape(-1, 3, resolution, resolution), label.astype(np.int64) - 1
+
+
+@first_alone()
+def map_batches(files, resolution):
+    """`read_batches`, of all files, in an array that stays on the disk -> pixels, labels, key.
+
+    It is made once, in ~/.cache/fewstep/batches, and found again by the files' path, sizes and
+    times of change. What a process reads of it is the system's to keep in memory or to drop.
+    """
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: cannot be read (no such file)")
+    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ctime_ns) for f in files]
+    digest = lambda what: hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    folder, place = CACHE / "batches", digest(os.path.realpath(files[0]))
+    path = folder / f"{place}-{digest([state, resolution])}.npy"
+    about = path.with_suffix(".npz")                        # written first, so always there too
+    with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # not there, or damaged
+        pixels, found = np.load(path, mmap_mode="c"), read_arrays(about)
+        if pixels.shape == (len(found["labels"]), 3, resolution, resolution):
+            return torch.from_numpy(pixels), torch.from_numpy(found["labels"]), str(found["key"])
+
+    labels, key = [], hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with open(f"{scratch}/pixels.npy", "wb") as file:
+                file.seek(128)                              # the header comes last: it tells N
+                for data, label in tqdm(read_batches(files, resolution), "once: one array of all",
+                                        total=len(files), leave=False, disable=quiet()):
+                    file.write(data)
+                    key.update(data)
+                    labels.append(label)
+                labels, header = np.concatenate(labels), io.BytesIO()
+                np.lib.format.write_array_header_1_0(header, dict(
+                    descr="|u1", fortran_order=False, shape=(len(labels), *data.shape[1:])))
+                assert len(header.getvalue()) == 128
+                file.seek(0)
+                file.write(header.getvalue())
+            np.savez(f"{scratch}/about.npz", labels=labels, key=key.hexdigest())
+            os.replace(f"{scratch}/about.npz", about)
+            os.replace(f"{scratch}/pixels.npy", path)
+    except OSError as error:
+        print(f"{folder}: cannot be written ({error.strerror or error}), so all images are held in "
+              "memory; XDG_CACHE_HOME moves it", flush=True)
+        parts = [*zip(*read_batches(files, resolution))]
+        pixels, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
+        return pixels, labels, None
+    for old in folder.glob(f"{place}-*"):                   # of what these files were before
+        if old.stem != path.stem:
+            old.unlink()
+    return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(labels), key.hexdigest()
 
 
 def kind_of(data):
@@ -326,7 +436,8 @@ def load_images(data, resolution, split="train", cache="data"):
         if resolution != 32:
             raise UserError(f"--data cifar10 at {resolution}x{resolution}: cifar10 is 32x32")
         try:
-            cifar = torchvision.datasets.CIFAR10(cache, train=split == "train", download=True)
+            with first_alone():
+                cifar = torchvision.datasets.CIFAR10(cache, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data cifar10: cannot be downloaded ({error}); "
                             "put https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into "
@@ -338,7 +449,9 @@ def load_images(data, resolution, split="train", cache="data"):
         number = lambda p: int("".join(filter(str.isdigit, p.stem)) or 0)
         files = sorted(pathlib.Path(data).glob("train_data_batch_*.npz"), key=number)
         files = files if split == "train" else [pathlib.Path(data) / "val_data.npz"]
-        return Images(*read_batches(files, resolution), f"{pathlib.Path(data).name} {split}")
+        pixels, labels, key = map_batches(files, resolution)
+        return Images(pixels, labels, [str(i) for i in range(1000)],
+                      f"{pathlib.Path(data).name} {split}", key)
     if split != "train":
         raise UserError(f"--split {split}: a folder has no splits; give the one to compare with")
     return Images(*read_folder(data, resolution), str(data).rstrip("/"))
@@ -440,6 +553,7 @@ def _patch_pooling(block, largest):
                                    closure=forward.__closure__).__get__(block)
 
 
+@first_alone()
 def inception_state(path=None):
     """The weights of the FID network,
     from `path`, torch's hub cache, or one download; sha256 checked."""
@@ -509,18 +623,14 @@ class Statistics:
         mean = f.mean(0)
         self.merge(len(f), mean, (f - mean).T @ (f - mean))
 
-    def gather(self, device="cpu"):
+    def gather(self):
         """-> of all torch.distributed processes' images, in each of them, but what they kept.
 
         One all_gather, merged in one order: a sum of raw moments would cancel.
         """
         own = torch.cat([torch.full_like(self.mean, self.n)[None], self.mean[None], self.scatter])
-        parts = [torch.empty_like(own, device=device)
-                 for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, own.to(device))
         total = Statistics(len(self.mean), self.network, self.size)
-        for part in parts:
-            part = part.cpu()
+        for part in gather(own):
             total.merge(int(part[0, 0]), part[1], part[2:])
         return total
 
@@ -529,9 +639,10 @@ class Statistics:
         return self.scatter / max(1, self.n - 1)
 
 
-def statistics(net, pixels, progress=None, keep=0):
+def statistics(net, pixels, progress=None, keep=0, shared=False):
     """`Statistics` of the features of uint8 images [N, 3, H, W], `keep` of them kept.
 
+    shared: all processes have the same images, and each computes a part of the features.
     float32 without TF32 or autocast, as peers compute them. Memory does not grow with N, nor does
     the result depend on how the images fall into batches.
     """
@@ -545,45 +656,55 @@ def statistics(net, pixels, progress=None, keep=0):
     chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:keep]
     slot[chosen] = torch.arange(len(chosen))
     stats, rows = Statistics(net.dim, net.name, tuple(side)), []
-    stats.kept = torch.empty(len(chosen), net.dim)
+    stats.kept = torch.zeros(len(chosen), net.dim)
+    rank, world = processes() if shared else (0, 1)
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         with tqdm(total=len(pixels), desc=progress, unit="img", leave=False,
-                  disable=None if progress else True) as bar:
-            for i in range(0, len(pixels), size):
+                  disable=quiet() if progress else True) as bar:
+            for i in range(rank * size, len(pixels), world * size):
                 with torch.inference_mode(), torch.autocast(device.type, enabled=False):
                     f = net(pixels[i:i + size].to(device)).cpu()
                 at = slot[i:i + size]
                 stats.kept[at[at >= 0]] = f[at >= 0]
                 rows.append(f)
-                if len(rows) * size >= 1024 or i + size >= len(pixels):
+                if len(rows) * size >= 1024 or i + world * size >= len(pixels):
                     stats.update(torch.cat(rows))           # a product of few rows costs as much
                     rows.clear()
-                bar.update(len(f))
+                bar.update(min(world * size, len(pixels) - i))
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    if world > 1:
+        kept, stats = total(stats.kept), stats.gather()     # a row is zero in all but one
+        stats.kept = kept
     return stats
 
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fewstep"
 
 
-def reference(net, pixels, progress="data features"):
+def reference(net, pixels, progress="data features", key=None):
     """`statistics` of a data set with KEEP kept, computed once: they stay in ~/.cache/fewstep.
 
     A file's name is a hash of all that it depends on: the pixels, the network's weights, and this
     file's own text, so that no change to any of them finds what was computed before it. The
-    twenty newest stay.
+    twenty newest stay. key: stands for the pixels, where it is known.
     """
-    key = hashlib.sha256(pathlib.Path(__file__).read_bytes() + repr(pixels.shape).encode())
-    for tensor in (*net.state_dict().values(), *pixels.split(10_000)):
+    content = pixels.split(10_000) if key is None else ()
+    key = hashlib.sha256(pathlib.Path(__file__).read_bytes() + repr((pixels.shape, key)).encode())
+    for tensor in (*net.state_dict().values(), *content):
         key.update(tensor.cpu().contiguous().numpy())
     file = CACHE / f"{net.name}-{key.hexdigest()[:32]}.npz"
+    stats = None
     with contextlib.suppress(OSError, UserError):           # not there, or damaged: made again
         if file.exists():
-            return load_statistics(file)
-    stats = statistics(net, pixels, progress, KEEP)
+            stats = load_statistics(file)
+    if gather(torch.tensor([int(stats is not None)])).all():     # on all machines
+        return stats
+    stats = statistics(net, pixels, progress, KEEP, True)
+    if processes()[0]:
+        return stats
     with contextlib.suppress(OSError, UserError):           # no home, or a full one: not kept
         CACHE.mkdir(parents=True, exist_ok=True)
         save_statistics(file, stats, kept=stats.kept)

@@ -28,6 +28,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as computed_twice
 
 
 def zero_init(layer):
@@ -80,12 +81,15 @@ class UNet(nn.Module):
     stage, a multiple of 16; mult: each stage's width in `channels`; blocks: each stage's residual
     blocks, in the encoder and again in the decoder. attention: resolutions with self-attention.
     num_classes: labels are 0 .. num_classes - 1, and num_classes is the null class. conditions:
-    how many scalars, t and those in d.
+    how many scalars, t and those in d. checkpoint: of the blocks' activations only the inputs are
+    kept for the backward pass, which computes the rest again: a third more time for the memory.
     """
 
     def __init__(self, resolution=32, channels=32, mult=(1, 2, 4), blocks=(1, 1, 1),
-                 attention=(), num_classes=0, conditions=1, dropout=0.0):
+                 attention=(), num_classes=0, conditions=1, dropout=0.0,
+                 checkpoint=False):
         super().__init__()
+        self.checkpoint = checkpoint
         self.null_class, widths, emb = num_classes, [channels * m for m in mult], 4 * channels
         # Periods from 2 to 1/32: the scalars are of order one.
         self.register_buffer("frequencies", math.pi * 2 ** torch.linspace(0, 6, channels // 2),
@@ -129,6 +133,14 @@ class UNet(nn.Module):
     def labels(self, t, y):
         return torch.full(t.shape, self.null_class, device=t.device) if y is None else y
 
+    def through(self, layers, h, emb):
+        for layer in layers:
+            if self.checkpoint and torch.is_grad_enabled():
+                h = computed_twice(layer, h, emb, use_reentrant=False)
+            else:
+                h = layer(h, emb)
+        return h
+
     def encode(self, x, t, d=None, y=None):
         """The encoder's features: a list, one a stage, [B, C_i, R / 2^i, R / 2^i],
         the deepest last."""
@@ -136,8 +148,7 @@ class UNet(nn.Module):
         h, features = self.conv_in(x), []
         for i, layers in enumerate(self.encoder):
             h = (F.avg_pool2d(h, 2) if i else h) + self.place[i].to(h.dtype)
-            for layer in layers:
-                h = layer(h, emb)
+            h = self.through(layers, h, emb)
             features.append(h)
         return features
 
@@ -146,13 +157,11 @@ class UNet(nn.Module):
         emb, h = self.embedding(t, d, y), skips[-1]
         label = self.label_map(self.labels(t, y)).view(len(h), 16, *h.shape[2:])
         h = h + self.label_map_out(label)
-        for layer in self.middle:
-            h = layer(h, emb)
+        h = self.through(self.middle, h, emb)
         for i in reversed(range(len(skips))):
             h = self.merge[i](h)
             h = skips[i] + (h if i == len(skips) - 1 else F.interpolate(h, scale_factor=2))
-            for layer in self.decoder[i]:
-                h = layer(h, emb)
+            h = self.through(self.decoder[i], h, emb)
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
     def forward(self, x, t, d=None, y=None):

@@ -28,6 +28,7 @@ Departs from the paper in:
 """
 import argparse
 import csv
+import datetime
 import itertools
 import json
 import math
@@ -43,7 +44,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -105,7 +106,9 @@ def check_method(args):
 
 KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
 # The options that may differ from call to call of one run.
-FREE = "steps teacher_steps samples labels features inception device compile npz out".split()
+FREE = ("steps teacher_steps samples labels features inception device compile accumulate "
+        "checkpoint_activations npz out").split()
+CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def numbers(text):
@@ -141,7 +144,10 @@ def parse_args(argv=None):
         "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
     add("--iters", type=int, help="length of the training")
-    add("--batch", type=int, help="images per update")
+    add("--batch", type=int, help="images per update, of all processes together")
+    add("--accumulate", type=int, default=1, help="micro-batches to an update, to save memory")
+    add("--checkpoint-activations", action="store_true", default=False,
+        help="compute them twice, to save more memory")
     add("--lr", type=float, help="peak learning rate")
     add("--ema", type=float, help="decay of the running mean of the weights")
     add("--seed", type=int, default=0, help="of the weights, the training and the samples")
@@ -182,7 +188,8 @@ def parse_args(argv=None):
                             f"{show(args[name])}, not {show(value)}; give another --out")
     args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
 
-    for name, low in dict(iters=1, batch=1, samples=0, seed=0, channels=16, resolution=8).items():
+    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, seed=0, channels=16,
+                          resolution=8).items():
         if not low <= getattr(args, name) < 2 ** 31:
             raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
     if args.samples == 1:
@@ -201,11 +208,14 @@ def parse_args(argv=None):
     for side in args.attention:
         if side not in [args.resolution >> i for i in range(len(args.mult))]:
             raise UserError(f"--attention {side}: no stage has that resolution")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("torchrun: this version trains in one process")
     check_method(args)
     if not args.steps:
         raise UserError("--steps: needs a number")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "teacher_batch"):
+        if getattr(args, name, 0) % (world * args.accumulate):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
+                            f"multiple of {world} processes x --accumulate {args.accumulate}")
     return args
 
 
@@ -224,12 +234,31 @@ def stored_args(folder):
         raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
     if stored.get("method") != METHOD:
         raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
-    return stored if (folder / "checkpoint.pt").exists() else {}
+    return stored if any((folder / name).exists() for name in CHECKPOINTS) else {}
 
 
 def set_up(args):
-    """-> the device, and the autocast context that networks run in. Settles args.precision."""
+    """-> the device, and the autocast context that networks run in. Settles args.precision.
+
+    Under torchrun, joins its processes: each has a device and a part of every batch of its own.
+    """
     device = fid.pick_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
+                              if device.type == "cuda" else None)
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # Long enough for one that writes or scores. One that is killed is missed at once.
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
+                                           "gloo", timeout=datetime.timedelta(minutes=10))
+        except (RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
+        if fid.processes()[0]:
+            sys.stdout = open(os.devnull, "w")              # process 0 speaks for all
     if args.precision == "auto":
         has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
         fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
@@ -241,6 +270,40 @@ def set_up(args):
 
 def expand(t):
     return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
+
+
+def draw_batch(pixels, labels, n, flip):
+    """n random images [n, 3, R, R] in [-1, 1], mirrored at random if `flip`, and their labels [n];
+    on the device of `labels` [N], wherever the `pixels` [N, 3, R, R] are."""
+    i = torch.randint(len(pixels), (n,), device=labels.device)
+    x = from_uint8(pixels[i.to(pixels.device)].to(labels.device))
+    if flip:
+        x = torch.where(expand(torch.rand(n, device=x.device) < 0.5), x.flip(3), x)
+    return x, labels[i]
+
+
+def slices(args, step=None):
+    """The rows of a batch that are this process's: a slice for each micro-batch.
+
+    All processes draw the same batch, noise and all, so that how it is shared out does not matter.
+    step: given where there is dropout, which must differ from slice to slice.
+    """
+    (rank, world), seed = fid.processes(), args.seed * 1_000_003
+    parts = world * args.accumulate
+    for part in range(rank, parts, world):
+        if step is not None and parts > 1:
+            torch.manual_seed((seed + step) * parts + part)
+        yield slice(part, None, parts)
+
+
+def mean_and_clip(params):
+    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
+    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
+    if world > 1:                                           # in one message
+        flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
+        for p, mean in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(mean.view_as(p))
+    return nn.utils.clip_grad_norm_(params, 1.0)
 
 
 def warmup_cosine(opt, iters):
@@ -344,6 +407,23 @@ def sample(s, x_0, y, steps, d=None, cfg_scale=1.0, null_class=0):
 
 # ---- common: the run folder ----------------------------------------------------------------------
 
+def read_checkpoint(folder):
+    """-> a run's newest checkpoint that can be read, its path, and what is wrong with a newer."""
+    wrong = None
+    for path in (folder / name for name in CHECKPOINTS):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state["method"], state["step"], state["data"]
+            return state, path, wrong
+        except FileNotFoundError:                           # killed between two renamings
+            continue
+        except Exception as error:                          # torch raises all sorts on a bad file
+            wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
+            if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+                break                                       # nothing is wrong with the file
+    raise UserError(f"{wrong}; give another --out, or move it away to train anew")
+
+
 class Run:
     """A run folder: arguments, log, checkpoint and pictures, and the signals that end a run.
 
@@ -356,12 +436,11 @@ class Run:
         self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
         self.data = [len(images.labels), *images.classes]   # another data set is another run
         self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
-        self.checkpoint = self.folder / "checkpoint.pt"
         try:
             (self.folder / "progress").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
-        if self.checkpoint.exists():
+        if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -376,27 +455,35 @@ class Run:
             sys.exit(128 + number)
 
     def write(self, name, write):
-        """Write a file by write(path), under a temporary name: whole or not at all."""
+        """Write a file by write(path), under a temporary name: whole or not at all.
+
+        Process 0 does, and the others wait. Of checkpoints the last is kept too: wherever a kill
+        comes between the lines, one of the two is there and whole.
+        """
         path = self.folder / name
         temporary = path.with_name(f".{path.name}")     # keeps the ending, which says the format
         try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if fid.processes()[0] == 0:
+                write(temporary)
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                if name == CHECKPOINTS[0] and path.exists():
+                    os.replace(path, self.folder / CHECKPOINTS[1])
+                os.replace(temporary, path)
         except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
             temporary.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
                             "what was there is kept") from None
+        fid.gather(torch.zeros(1))
 
     def save(self):
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= dict(method=METHOD, step=self.step, data=self.data)
-        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.write(CHECKPOINTS[0], lambda path: torch.save(state, path))
 
     def load(self):
+        state, path, wrong = read_checkpoint(self.folder)
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             if state["method"] != METHOD:
                 raise UserError(f"is of {state['method']}.py")
             if state["data"] != self.data:
@@ -406,9 +493,13 @@ class Run:
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
             self.step = state["step"]
+            if wrong and fid.processes()[0] == 0:
+                os.replace(self.folder / CHECKPOINTS[0], self.folder / "checkpoint-broken.pt")
+                print(f"{wrong}; it is now checkpoint-broken.pt, and {path.name}, of step "
+                      f"{self.step}, is used", flush=True)
         except Exception as error:                          # torch raises all sorts on a bad file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
-            raise UserError(f"{self.checkpoint}: {' '.join(str(why).split())[:200]}; "
+            raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
                             "give another --out, or move it away to train anew") from None
 
     def begin(self, what, end):
@@ -421,6 +512,8 @@ class Run:
         cuda = self.device.type == "cuda"
         hardware = torch.cuda.get_device_name(self.device) if cuda else \
             f"{platform.machine()} {self.device}, {torch.get_num_threads()} threads"
+        if fid.processes()[1] > 1:
+            hardware = f"{fid.processes()[1]} x {hardware}"
         about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
                      python=platform.python_version(), torch=torch.__version__)
         self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
@@ -438,14 +531,17 @@ class Run:
         self.begin(what, end)
         self.images = images
         self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
-        with tqdm(total=end, initial=self.step, desc=what, unit="it", disable=None) as self.bar:
+        with tqdm(total=end, initial=self.step, desc=what, unit="it",
+                  disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                stop, last = self.signal, self.step == end
-                due = stop or last or time.monotonic() - saved > 60
+                # A signal to one process, and the clock of one, are those of all.
+                mine = [self.signal or 0, int(time.monotonic() - saved > 60)]
+                stop, late = fid.gather(torch.tensor(mine)).amax(0).tolist()
+                due = stop or late or self.step == end
                 if due or self.step % 50 == 0:
                     self.log()                              # first: it refuses what is not finite
                 if due:
@@ -459,16 +555,18 @@ class Run:
         if self.signal:                                     # it came with the last checkpoint
             sys.exit(128 + self.signal)
 
-    def add(self, **scalars):
-        """Sum a step's scalars, on the device, for the next row of the log."""
+    def add(self, rows=1, **scalars):
+        """Sum scalars, on the device, for the next row of the log. rows: a mean's weight in it."""
         for name, value in scalars.items():
             total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value, count + 1
+            self.sums[name] = total + rows * value, count + rows
 
     def log(self):
         """One row of log.csv, means since the last; ends the run if one is not finite."""
         (then, step), now = self.since, time.monotonic()
-        row = {name: float(total / count) for name, (total, count) in self.sums.items()}
+        sums = [[float(total), count] for total, count in self.sums.values()]
+        sums = fid.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        row = {name: total / n for name, (total, n) in zip(self.sums, sums) if n}
         row["img_per_s"] = (self.step - step) * self.images / (now - then)
         for name, value in row.items():
             if not math.isfinite(value):
@@ -542,7 +640,8 @@ class Scorer:
     what cannot work is said at once; computed when first needed."""
 
     def __init__(self, args, device, images):
-        self.images, self.name = images, images.name + f" ({args.labels})" * bool(args.labels)
+        self.args, self.images = args, images
+        self.name = images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
         self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
         self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
@@ -554,8 +653,10 @@ class Scorer:
     def __call__(self, pixels):
         """The distance of samples [N, 3, R, R] uint8 to the data."""
         if self.reference is None:
-            self.reference = fid.reference(self.net, self.images.pixels[self.wanted])
-        return fid.distance(fid.statistics(self.net, pixels, "features"), self.reference)
+            key = None if self.args.labels else self.images.key
+            self.reference = fid.reference(self.net, self.images.pixels[self.wanted], key=key)
+        return fid.distance(fid.statistics(self.net, pixels, "features", shared=True),
+                            self.reference)
 
 
 def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
@@ -571,15 +672,21 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         labels = known[torch.arange(count) * len(known) // count]
         labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
         labels[:80] = classes.repeat(10)[:10].repeat(8)
-        pixels, spent = [], 0.0
-        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False, disable=None) as bar:
-            for i in range(0, count, 256):
-                y, start = labels[i:i + 256].to(run.device), time.perf_counter()
-                noise = noise_of(range(i, i + len(y)), args, run.device)
-                pixels.append(to_uint8(generate(noise, y, n)).cpu())        # .cpu() waits
+        # In turn a batch for each process: samples are those of one process, bit for bit.
+        (rank, world), pixels, spent = fid.processes(), [], 0.0
+        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
+                  disable=fid.quiet()) as bar:
+            for first in range(0, count, 256 * world):
+                i, start = first + 256 * rank, time.perf_counter()
+                y = labels[i:i + 256].to(run.device)
+                own = torch.zeros(256, 3, args.resolution, args.resolution, dtype=torch.uint8)
+                if len(y):
+                    noise = noise_of(range(i, i + len(y)), args, run.device)
+                    own[:len(y)] = to_uint8(generate(noise, y, n)).cpu()    # .cpu() waits
+                pixels.append(fid.gather(own).flatten(0, 1))
                 spent += time.perf_counter() - start
-                bar.update(len(y))
-        pixels = torch.cat(pixels)
+                bar.update(min(256 * world, count - first))
+        pixels = torch.cat(pixels)[:count]
         save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
         if args.npz:
             images = pixels.permute(0, 2, 3, 1).numpy()
@@ -614,11 +721,14 @@ def main(argv=None):
     scorer, null_class = Scorer(args, device, images), len(images.classes)
     if args.cfg != 1 and not images.classes:
         raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
-    pixels, labels = images.pixels.to(device), images.labels.to(device)
+    pixels, labels = images.pixels, images.labels.to(device)
+    if pixels.numel() < 2 ** 31:                            # more than 2 GB stay where they are
+        pixels = pixels.to(device)
 
     torch.manual_seed(args.seed)
     s = Shortcut(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention,
-                      null_class, conditions=2, dropout=args.dropout))
+                      null_class, conditions=2, dropout=args.dropout,
+                      checkpoint=args.checkpoint_activations))
     s.to(device, memory_format=torch.channels_last)
     s_ema = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(args.ema))   # targets and evaluation
     s_ema.eval().requires_grad_(False)
@@ -637,24 +747,27 @@ def main(argv=None):
             return sample(s_ema, noise(), y, steps, None if args.k else 1 / M, **cfg)
 
     for step in run.steps(args.iters, "training", args.batch):
-        i = torch.randint(len(pixels), (args.batch,), device=device)
-        x_1, y = from_uint8(pixels[i]), labels[i]
-        if args.flip:
-            x_1 = torch.where(expand(torch.rand(args.batch, device=device) < 0.5), x_1.flip(3), x_1)
+        x_1, y = draw_batch(pixels, labels, args.batch, args.flip)
         x_0 = torch.randn_like(x_1)
         t, d, n = draw_t_d(args.batch, args.k, device)
         if args.cfg != 1:                                   # flow rows alone need the null class
             drop = torch.rand(args.batch, device=device) < args.label_dropout
             y = torch.where(drop & (torch.arange(args.batch, device=device) >= n), null_class, y)
-        with autocast:
-            loss, parts = shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, **cfg)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(s.parameters(), 1.0)
+        for rows in slices(args, step):
+            part = [v[rows] for v in (x_0, x_1, t, d)]
+            first = len(range(n)[rows])                     # self-consistency rows come first here
+            with autocast:
+                loss, parts = shortcut_loss(s, s_ema, *part, first, y[rows], **cfg)
+            (loss / args.accumulate).backward()
+            run.add(loss=loss.detach())
+            run.add(len(part[0]) - first, loss_flow=parts.get("loss_flow", 0))
+            run.add(first, loss_shortcut=parts.get("loss_shortcut", 0))
+        grad_norm = mean_and_clip(s.parameters())
         opt.step()
         schedule.step()
         opt.zero_grad()
         s_ema.update_parameters(s)
-        run.add(loss=loss.detach(), **parts, grad_norm=grad_norm)
+        run.add(grad_norm=grad_norm)
         if (step + 1) % max(1, args.iters // 10) == 0:
             draw(run, generate, scorer.classes, f"progress/{step + 1:07d}.png")
 
@@ -669,7 +782,12 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        if fid.processes()[1] > 1:
+            distributed.destroy_process_group()
     except UserError as error:
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, fid.LostProcess):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
+            time.sleep(2)                                   # if not, it is this one's own trouble
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):

@@ -1,6 +1,7 @@
 """The contract with users: run folder, resume bit for bit, signals, bad input;
 at tiny sizes, without a network."""
 import csv
+import importlib
 import json
 import os
 import pathlib
@@ -93,35 +94,6 @@ def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, monkeypatc
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
 
-def test_kill_9_in_mid_training_loses_nothing_before_the_checkpoint(tmp_path):
-    """A real process, killed for real:
-    the same line goes on and ends with the weights of a whole run."""
-    code = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, {root!r}); "
-            "import fid, shortcut\n"
-            "fid.shapes = lambda resolution, draw=fid.shapes: draw(200, resolution)\n"
-            "shortcut.draw = lambda *args: None\n"
-            "import itertools\n"
-            "if {often}: time.monotonic = itertools.count(0, 40).__next__       "
-            "# saves every other step\n"
-            "shortcut.main(sys.argv[1:])")
-    run = lambda often, *more: subprocess.Popen(
-        [sys.executable, "-c", code.format(root=str(ROOT), often=often), *TINY,
-         "--samples", "0", "--iters", "30", *more],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    killed = run(True, "--out", str(tmp_path / "killed"))
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    deadline = time.time() + 60
-    while not checkpoint.exists() and killed.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    assert 0 < weights(tmp_path / "killed")["step"] < 30
-    again, whole = (run(False, "--out", str(tmp_path / "killed")),
-                    run(False, "--out", str(tmp_path / "whole")))
-    assert (again.wait(120), whole.wait(120)) == (0, 0), again.stderr.read()
-    assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-
-
 def test_a_finished_run_only_samples_and_takes_its_options_from_the_folder(tmp_path, capsys):
     line = ["--out", str(tmp_path / "run")]
     shortcut.main([*TINY, *line, "--iters", "3", "--samples", "0"])
@@ -198,67 +170,105 @@ def test_the_common_blocks_are_the_same_in_all_scripts():
 
 # ---- mistakes ------------------------------------------------------------------------------------
 
-MISTAKES = [
-    ("--steps 3", "--steps 3: a shortcut model jumps in 1, 2, 4"),
-    ("--steps 256", "--steps 256: a shortcut model jumps in 1, 2, 4"),
-    ("--steps 0", "--steps 0: a shortcut model jumps in 1, 2, 4"),
+MISTAKES = [                                                # of any of the scripts
     ("--steps one", "--steps: invalid numbers value: 'one'"),
-    ("--steps ,", "--steps: invalid numbers value"),
+    ("--steps ,", "--steps: invalid numbers value"), ("--steps 0", "--steps 0: a "),
+    ("--steps 256", "--steps 256: a "), ("--steps -1", "--steps -1: a "),
     ("--samples 1", "--samples 1: has no covariance"),
     ("--samples -1", "--samples -1: expected 0 or more"),
+    ("--samples 1e5", "--samples: invalid int value"),
     ("--data nowhere", "--data nowhere: no such data set or folder"),
-    ("--data EMPTY", "no images in it"),
-    ("--data README.md", "is a file"),
+    ("--data EMPTY", "no images in it"), ("--data README.md", "is a file"),
+    ("--data BROKEN --features random", "BROKEN/1.png: cannot be read (not an image)"),
+    ("--data SMALL --features random", "SMALL/1.png: 8x8 is smaller than 32x32"),
+    ("--data BATCHES --features random", "train_data_batch_1.npz: cannot be read as .npz"),
     ("--data cifar10 --resolution 64", "cifar10 is 32x32"),
     ("--labels unicorn", "--labels unicorn: shapes train has the classes circle, square"),
+    ("--labels heart,unicorn", "--labels unicorn: shapes train has the classes"),
     ("--labels 10", "--labels 10: shapes train has the classes"),
-    ("--iters 0", "--iters 0: expected 1 or more"),
-    ("--iters 1.5", "--iters: invalid int value"),
+    ("--iters 0", "--iters 0: expected 1 or more"), ("--iters 1.5", "--iters: invalid int value"),
+    ("--iters 99999999999", "--iters 99999999999: expected 1 or more"),
     ("--batch -4", "--batch -4: expected 1 or more"),
+    ("--accumulate 0", "--accumulate 0: expected 1 or more"),
+    ("--batch 16 --accumulate 3", "--batch 16: expected a multiple of 1 processes x --accumulate"),
     ("--seed -1", "--seed -1: expected 0 or more"),
     ("--seed 99999999999", "--seed 99999999999: expected"),
     ("--lr 20", "--lr 20.0: expected a number between 0 and 1"),
     ("--lr nan", "--lr nan: expected a number between 0 and 1"),
+    ("--lr 0", "--lr 0.0: expected a number between 0 and 1"),
     ("--ema 1", "--ema 1.0: expected a number between 0 and 1"),
     ("--dropout -0.1", "--dropout -0.1: expected a number between 0 and 1"),
-    ("--weight-decay -1", "--weight-decay -1.0: expected at least 0"),
-    ("--k 1", "--k 1.0: is a share of the batch, from 0 to"),
-    ("--cfg -1", "--cfg is a scale of at least 0"),
-    ("--cfg nan", "--cfg is a scale of at least 0"),
+    ("--cfg -1", "--cfg"), ("--cfg nan", "--cfg"), ("--label-dropout 2", "--label-dropout"),
     ("--channels 24", "--channels 24: expected a multiple of 16"),
+    ("--channels 8", "--channels 8: expected 16 or more"),
     ("--mult 1,2", "--mult and --blocks: expected as many numbers"),
     ("--mult none", "--mult and --blocks: expected as many numbers"),
+    ("--blocks 0,1,1", "--mult and --blocks: expected as many numbers, each at least 1"),
     ("--attention 7", "--attention 7: no stage has that resolution"),
     ("--resolution 18", "--resolution 18: cannot be halved 2 times"),
+    ("--resolution 4", "--resolution 4: expected 8 or more"),
     ("--device tpu", "--device tpu: not available here"),
     ("--device cuda:99", "--device cuda:99: not available here"),
     ("--precision fp8", "--precision: invalid choice"),
     ("--features vgg", "--features: invalid choice"),
     ("--inception nowhere.pth --features inception", "--inception nowhere.pth: cannot be read"),
+    ("--inception README.md --features inception", "README.md: not the FID weights"),
     ("--out README.md/run", "--out README.md/run: cannot be made"),
     ("--out FULL", "--out FULL: is no run folder and not empty"),
-    ("--out OTHER", "OTHER: holds a run of dmd2.py"),
+    ("--out OTHER", "OTHER: holds a run of other.py"),
+    ("--out HALF", "HALF/checkpoint.pt: does not load"),
+    ("--out HALF --iters 7", "HALF: was trained with --iters"),
     ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
-    ("--step 1", "unrecognized arguments: --step 1"),
-]
+    ("--step 1", "unrecognized arguments: --step 1")]
+TEACHERS = [                                                # of the scripts that have --teacher
+    ("--teacher nowhere", "--teacher nowhere: holds no run of"),
+    ("--teacher README.md", "--teacher README.md: holds no run of"),
+    ("--teacher EMPTY", "--teacher EMPTY: holds no run of"),
+    ("--teacher FULL", "--teacher FULL: --out FULL: is no run folder and not empty"),
+    ("--teacher OTHER", "--teacher OTHER: OTHER: holds a run of other.py"),
+    ("--teacher HALF", "--teacher HALF: HALF/checkpoint.pt: does not load"),
+    ("--teacher HALF --channels 16", "--teacher HALF: was trained with --channels 32, not 16"),
+    ("--teacher-batch 0", "--teacher-batch 0: expected 1"),
+    ("--teacher-batch 9 --accumulate 2", "--teacher-batch 9: expected a multiple of 1 processes"),
+    ("--teacher-iters -1", "--teacher-iters -1: expected 1"),
+    ("--teacher-lr inf", "--teacher-lr inf: expected a number between 0 and 1"),
+    ("--teacher-ema 1", "--teacher-ema 1.0: expected a number between 0 and 1"),
+    ("--teacher-steps -1", "--teacher-steps -1: expected 0")]
+SHORTCUTS = [
+    ("--steps 3", "--steps 3: a shortcut model jumps in 1, 2, 4"),
+    ("--weight-decay -1", "--weight-decay -1.0: expected at least 0"),
+    ("--k 1", "--k 1.0: is a share of the batch, from 0 to"),
+    ("--k nan", "--k nan: is a share of the batch")]
+ALL = [(method, *mistake) for method in ("shortcut", "dmd2", "add") for mistake in
+       MISTAKES + (SHORTCUTS if method == "shortcut" else TEACHERS)]
 
 
-@pytest.mark.parametrize("line, message", MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_a_mistake_is_one_line_and_touches_nothing(line, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method, line, message", ALL, ids=[" ".join(m[:2]) for m in ALL])
+def test_a_mistake_is_one_line_and_touches_nothing(method, line, message, tmp_path, monkeypatch):
+    """Those of one method alone are in test_dmd2.py and test_add.py."""
+    module = importlib.import_module(method)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "FULL").mkdir()
-    (tmp_path / "OTHER").mkdir()
-    (tmp_path / "OTHER" / "args.json").write_text('{"args": {"method": "dmd2"}}')
-    for name in ("README.md", "FULL/log.csv"):
-        (tmp_path / name).write_text("text")
-    monkeypatch.setattr(shortcut, "shortcut_loss", None)                # nothing may train
+    stored = json.dumps(dict(args=vars(module.parse_args([]))))
+    files = {"README.md": "text", "FULL/log.csv": "text", "BROKEN/1.png": "text",
+             "OTHER/args.json": '{"args": {"method": "other"}}', "HALF/args.json": stored,
+             "HALF/checkpoint.pt": "0123456789", "BATCHES/train_data_batch_1.npz": "text"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for folder in "EMPTY", "SMALL":
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "SMALL" / "1.png")
+    for name in "shortcut_loss", "denoising_loss", "teacher_loss":      # nothing may train
+        monkeypatch.setattr(module, name, None, raising=False)
+    if "BATCHES" in line:
+        line += " --resolution 32 --mult 1,1 --blocks 1,1 --attention none --channels 16"
     with pytest.raises(fid.UserError) as error:
-        shortcut.main(["--device", "cpu", *line.split()])
+        module.main(["--device", "cpu", *line.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
-    left = {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == {"README.md": "text", "log.csv": "text",
-                    "args.json": '{"args": {"method": "dmd2"}}'}
+    (tmp_path / "SMALL" / "1.png").unlink()
+    left = {p.relative_to(tmp_path).as_posix(): p.read_text()
+            for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == files
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
@@ -270,14 +280,14 @@ def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_guidance_needs_classes_and_one_process_is_all_there_is(tmp_path, monkeypatch):
+def test_guidance_needs_classes_and_processes_each_other(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "one.png")
     line = ["--device", "cpu", "--resolution", "16", "--data", str(tmp_path),
             "--out", str(tmp_path / "run")]
     with pytest.raises(fid.UserError, match="has no classes to guide to"):
         shortcut.main([*line, "--cfg", "2", "--samples", "0"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(fid.UserError, match="trains in one process"):
+    monkeypatch.setenv("WORLD_SIZE", "2")                  # but nothing else of torchrun's
+    with pytest.raises(fid.UserError, match="torchrun: processes cannot be joined on cpu .*RANK"):
         shortcut.main(line)
 
 
@@ -303,6 +313,27 @@ def test_flow_matching_is_sampled_at_the_length_it_was_trained_at(tmp_path, monk
     monkeypatch.setattr(shortcut.Shortcut, "forward", forward)
     shortcut.main([*TINY, "--k", "0", "--out", str(tmp_path / "run"), "--iters", "2"])
     assert seen == {1 / 128}
+
+
+def test_downsampled_imagenet_trains_as_the_same_images_do(tmp_path, monkeypatch):
+    """From an array on the disk; no image is hashed again."""
+    pixels, labels = SMALL[16]
+    (tmp_path / "set").mkdir()
+    for n, rows in (1, slice(0, 120)), (2, slice(120, 200)):
+        np.savez(tmp_path / "set" / f"train_data_batch_{n}.npz", labels=labels[rows] + 1,
+                 data=pixels[rows].flatten(1).numpy())
+    line = [*TINY, "--flip", "--attention", "none", "--dropout", "0", "--ema", "0.9", "--lr",
+            "1e-3", "--iters", "2", "--features", "random"]
+    shortcut.main([*line, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run")])
+    assert f"200,{'set'} train" in (tmp_path / "run" / "scores.csv").read_text()
+    seen, other = [], shortcut.shortcut_loss
+    def loss(s, s_ema, x_0, x_1, *rest, **kwargs):
+        seen.append(x_1)
+        return other(s, s_ema, x_0, x_1, *rest, **kwargs)
+    monkeypatch.setattr(shortcut, "shortcut_loss", loss)
+    for name, data in ("a", str(tmp_path / "set")), ("b", "shapes"):
+        shortcut.main([*line, "--data", data, "--out", str(tmp_path / name), "--samples", "0"])
+    assert len(seen) == 4 and torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
 
 
 def test_a_folder_called_shapes_is_a_folder(tmp_path, monkeypatch):

@@ -210,7 +210,7 @@ def inputs(n=4):
 
 
 def test_the_shared_pass_is_the_two_separate_ones():
-    D, disc, (x0, real, sigma, eps, y) = awake(), Discriminator([16, 32], 8, 2), inputs()
+    D, disc, (x0, real, sigma, eps, y) = awake(), Discriminator([16, 32], 8), inputs()
     loss_fake, loss_disc = fake_score_losses(D, disc, x0, real, sigma, eps, y)
     x_t = x0 + column(sigma[:4]) * eps[:4]
     x_t_real = real + column(sigma[4:]) * eps[4:]
@@ -225,7 +225,7 @@ def test_every_map_that_is_judged_weighs_the_same():
     """A logit of the whole image beside those of places: in a mean of all each map has its part."""
     torch.manual_seed(0)
     maps = [torch.randn(3, 16, 16, 16), torch.randn(3, 32, 8, 8)]
-    both, last = Discriminator([16, 32], 8, 2), Discriminator([16, 32], 8)
+    both, last = Discriminator([16, 32], 8), Discriminator([16, 32], 8, 1)
     assert last(maps).shape == (3, 1) and both(maps).shape == (3, 128)
     places, whole = (head(h).flatten(1) for head, h in zip(both.heads, maps))
     assert places.shape == (3, 64) and whole.shape == (3, 1)
@@ -234,7 +234,8 @@ def test_every_map_that_is_judged_weighs_the_same():
 
 
 def test_gradients_reach_what_they_should_and_nothing_else():
-    teacher, fake, disc, (x0, _, sigma, eps, y) = awake(0), awake(1), Discriminator([16, 32], 8, 2), inputs()
+    teacher, fake, disc = awake(0), awake(1), Discriminator([16, 32], 8)
+    x0, _, sigma, eps, y = inputs()
     x0.requires_grad_()
     loss_dm, loss_gan = generator_losses(teacher, fake, disc, x0, sigma[:4], eps[:4], y[:4])
     params = [*teacher.parameters(), *fake.parameters(), *disc.parameters()]
@@ -343,7 +344,7 @@ def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_p
 def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, tmp_path):
     """A teacher of 4 steps, 2 on its pairs and a distillation of 4, stopped in each and between."""
     line = [*TINY, "--teacher-iters", "4", "--iters", "4", "--dropout", "0.2", "--flip",
-            "--pairs-iters", "2", "--pairs", "20", "--disc-maps", "2",
+            "--pairs-iters", "2", "--pairs", "20", "--disc-maps", "0",
             "--steps", "1,2", "--samples", "20", "--features", "random"]
     dmd2.main([*line, "--out", str(tmp_path / "whole")])
     halves = [*line, "--out", str(tmp_path / "halves")]
@@ -471,7 +472,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(line, message, small, tmp_pat
 @pytest.mark.parametrize("change, message", [
     ("--channels 32", "was trained with --channels 16, not 32; give that here too"),
     ("--cfg 2", "was trained without null labels"), ("data", "is of other data"),
-    ("unfinished", "its training stands at 1 of 2"), ("broken", "cannot be read")])
+    ("unfinished", "its training stands at 1 of 2"), ("broken", "does not load")])
 def test_a_teacher_that_does_not_fit(small, monkeypatch, tmp_path, change, message):
     first, line = tmp_path / "first", [*TINY, "--iters", "1"]
     dmd2.main([*line, "--out", str(first)])
@@ -479,7 +480,8 @@ def test_a_teacher_that_does_not_fit(small, monkeypatch, tmp_path, change, messa
     if change == "unfinished":
         torch.save(torch.load(path) | dict(step=1), path)
     if change == "broken":
-        path.write_bytes(path.read_bytes()[:1000])
+        for name in dmd2.CHECKPOINTS:                       # of two the whole one would do
+            (first / name).write_bytes(path.read_bytes()[:1000])
     if change == "data":
         other = tuple(t[:50] for t in fid.shapes(16))
         monkeypatch.setattr(fid, "shapes", lambda resolution: other)

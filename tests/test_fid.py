@@ -732,7 +732,7 @@ def test_shapes_are_the_same_for_a_seed_and_balanced():
     images = load_images("shapes", 32)
     near(torch.get_rng_state(), before)         # the training's noise is not touched
     assert images.pixels.shape == (20_000, 3, 32, 32) and images.pixels.dtype == torch.uint8
-    assert images[2:] == (fid.SHAPES, "shapes train") and images.labels.dtype == torch.int64
+    assert images[2:4] == (fid.SHAPES, "shapes train") and images.labels.dtype == torch.int64
     near(torch.bincount(images.labels), torch.full((10,), 2000), 200)       # sigma is 42
     (once, labels), (again, labels_again), (other, _) = (fid.shapes(200, seed=s) for s in (0, 0, 1))
     near(once, again)
@@ -846,7 +846,7 @@ def test_batches_come_in_the_order_of_their_numbers(tmp_path):
     images = load_images(tmp_path, 8)
     rows = np.concatenate([dots(3, 192, seed=n) for n in (1, 2, 10)])
     assert images.labels.tolist() == [0, 999, 0, 0, 999, 1, 0, 999, 9]
-    assert images[2:] == ([str(i) for i in range(1000)], f"{tmp_path.name} train")
+    assert images[2:4] == ([str(i) for i in range(1000)], f"{tmp_path.name} train")
     for channel, y, x in (0, 0, 0), (1, 2, 3), (2, 7, 7):       # planes of red, green, blue
         near(images.pixels[:, channel, y, x], rows[:, 64 * channel + 8 * y + x])
 
@@ -872,11 +872,77 @@ def test_broken_and_hostile_batches_are_refused(tmp_path):
                     whole[:bit] + bytes([whole[bit] ^ 1]) + whole[bit + 1:],
                     pickle.dumps(Hostile(marker))):
         file.write_bytes(content)
-        refuses(lambda: read_batches([file], 8), file, "cannot be read")
+        refuses(lambda: [*read_batches([file], 8)], file, "cannot be read")
     for key in "data", "labels":
         write_batch(tmp_path, 1, **{key: np.array([Hostile(marker)] * 3)})
-        refuses(lambda: read_batches([file], 8), file, "allow_pickle=False")
+        refuses(lambda: [*read_batches([file], 8)], file, "allow_pickle=False")
     assert not marker.exists()
+
+
+def test_batches_become_one_array_once(tmp_path, cache, monkeypatch):
+    """Which is on the disk, found again as long as the files are the same, and made anew if not."""
+    data = tmp_path / "data"
+    data.mkdir()
+    file = [write_batch(data, n) for n in (1, 2)][1]
+    reads, real = [], read_batches
+    monkeypatch.setattr(fid, "read_batches", lambda *args: reads.append(1) or real(*args))
+    first, again = load_images(data, 8), load_images(data, 8)
+    rows = np.concatenate([dots(3, 192, seed=n) for n in (1, 2)])
+    assert len(reads) == 1 and first.key == again.key == hashlib.sha256(rows).hexdigest()
+    for images in first, again:
+        near(images.pixels, rows.reshape(6, 3, 8, 8))
+        assert images.labels.tolist() == [0, 999, 6] * 2
+    array, = (cache / "batches").glob("*.npy")
+    assert str(array) in pathlib.Path("/proc/self/maps").read_text() or sys.platform != "linux"
+    assert len(np.load(array)) == 6                         # as any other .npy
+
+    about, damages = array.with_suffix(".npz"), 0
+    for path, content in [(array, array.read_bytes()[:-1]), (array, b"garbage"), (array, None),
+                          (about, b""), (about, None)]:
+        path.unlink() if content is None else path.write_bytes(content)
+        damages += 1
+        near(load_images(data, 8).pixels, rows.reshape(6, 3, 8, 8))
+        assert len(reads) == 1 + damages
+
+    state = file.stat()
+    write_batch(data, 2, data=dots(3, 192, seed=5))         # of the same size and time
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    changed = load_images(data, 8)
+    near(changed.pixels[3:], dots(3, 192, seed=5).reshape(3, 3, 8, 8))
+    assert changed.key != first.key
+    left = sorted(p.suffix for p in (cache / "batches").iterdir())
+    assert left == [".npy", ".npz"] and not array.exists()  # the old one is gone
+
+    net = RandomFeatures()
+    stats = fid.reference(net, changed.pixels, key=changed.key)
+    monkeypatch.setattr(fid, "statistics", None)            # known by the key alone
+    near(fid.reference(net, 0 * changed.pixels, key=changed.key).mean, stats.mean)
+    with pytest.raises(TypeError):
+        fid.reference(net, changed.pixels, key="other")
+
+
+@pytest.mark.parametrize("why", ["no folder", "disk full"])
+def test_batches_that_cannot_be_kept_are_held_in_memory(tmp_path, cache, monkeypatch, capsys, why):
+    write_batch(tmp_path, 1)
+    if why == "no folder":
+        (cache / "batches").write_text("a file")
+    else:
+        def full(*args, **arrays):
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(np, "savez", full)
+    images = load_images(tmp_path, 8)
+    near(images.pixels, dots(3, 192, seed=1).reshape(3, 3, 8, 8))
+    said = capsys.readouterr().out
+    assert images.key is None and said.count("\n") == 1 and "cannot be written" in said
+    assert why == "no folder" or not list((cache / "batches").iterdir())
+
+
+def test_no_validation_batches(tmp_path):
+    file = write_batch(tmp_path, 1)
+    refuses(lambda: load_images(tmp_path, 8, "test"), tmp_path / "val_data.npz", "cannot be read")
+    file.rename(tmp_path / "val_data.npz")
+    write_batch(tmp_path, 1)
+    assert load_images(tmp_path, 8, "test").name == f"{tmp_path.name} test"
 
 
 def test_cifar10(monkeypatch):
@@ -888,7 +954,7 @@ def test_cifar10(monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stored)
     images = load_images("cifar10", 32)
     near(images.pixels, nchw(Stored.data))
-    assert images.labels.tolist() == [3, 9] and images[2:] == (Stored.classes, "cifar10 train")
+    assert images.labels.tolist() == [3, 9] and images[2:4] == (Stored.classes, "cifar10 train")
     refuses(lambda: load_images("cifar10", 64), "64x64", "32x32")
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     refuses(lambda: load_images("cifar10", 32), "no route to host", "cifar-10-python.tar.gz")

@@ -21,8 +21,7 @@ SCRIPTS = [c for c in COMMANDS if "--help" not in c
 TINY = "--device cpu --iters 2 --batch 4 --channels 16 --mult 1,1 --blocks 1,1 --samples 0 " \
        "--attention none".split()
 TEACHER = "--teacher-iters 1 --teacher-batch 4 --teacher-steps 2".split()
-MORE = dict(shortcut=[], add=TEACHER, dmd2=[*TEACHER, "--pairs", "4", "--pairs-iters", "1",
-                                            "--disc-maps", "2"])
+MORE = dict(shortcut=[], add=TEACHER, dmd2=[*TEACHER, "--pairs", "4", "--pairs-iters", "1"])
 
 
 def test_the_two_commands_are_there():
