@@ -28,7 +28,7 @@ Departs from the paper in (its training code is not public, and it leaves much o
     DINOv2's class token). It is left out of both sides of the hinge where s = 1000: there the
     student cannot know which x0 is meant, and the heads would punish it for that;
   * |.|^2 is a mean over the pixels, so lambda is not comparable: at 2.5 the distillation's gradient
-    at an image is a 200th of the adversarial one, at 80 a seventh. t is uniform in 1 .. 999, and
+    at an image is a 200th of the adversarial one, at 80 a sixth. t is uniform in 1 .. 999, and
     w = sigma^2 in the SDS and NFSD weightings;
   * R1 is of a head's sum of logits, without a factor 1/2, so gamma is not comparable: at 1e-5 it
     is not felt, at 1e-3 (and without momentum) colours no longer chase each other round;
@@ -288,7 +288,7 @@ def stored_args(folder):
     path = folder / "args.json"
     try:
         if not path.exists():
-            ours = ("progress", "pairs.npz", ".args.json")  # left by a start that got nowhere
+            ours = "progress", "pairs.npz", ".pairs.npz", ".args.json"      # of a start that failed
             if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
                 raise UserError(f"--out {folder}: is no run folder and not empty; give another")
             return {}
@@ -623,7 +623,7 @@ def read_checkpoint(folder):
             wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
             if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
                 break                                       # nothing is wrong with the file
-    raise UserError(f"{wrong}; give another --out, or move it away to train anew")
+    raise UserError(f"{wrong}; give another --out, or move the checkpoints away to train anew")
 
 
 class Run:
@@ -702,7 +702,8 @@ class Run:
         except Exception as error:                          # torch raises all sorts on a bad file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
             raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
-                            "give another --out, or move it away to train anew") from None
+                            "give another --out, or move the checkpoints away to train anew"
+                            ) from None
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut the log back to the checkpoint."""
@@ -931,7 +932,8 @@ def load_teacher(folder, teacher_ema, run, nulls):
                 raise UserError(f"was trained with --{name} {show(stored[name])}, not "
                                 f"{show(getattr(run.args, name))}; give that here too")
         if nulls and not stored["nulls"]:
-            raise UserError("was trained without null labels; train it with --cfg to guide it")
+            raise UserError("was trained without null labels; train it with the same --cfg and "
+                            "--label-dropout")
         state = read_checkpoint(pathlib.Path(folder))[0]
         if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
             raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
@@ -971,6 +973,9 @@ def main(argv=None):
     scorer, null_class = Scorer(args, device, images), len(images.classes)
     if (args.cfg != 1 or args.weighting == "nfsd") and null_class < 2:
         raise UserError(f"--cfg, --weighting nfsd: {images.name} has no classes to guide to")
+    if null_class and not args.nulls and args.adv_weight and args.feature_net == "teacher":
+        raise UserError("--label-dropout 0: the heads see through the teacher's encoder with the "
+                        "null label, which it must know; give more, or another --feature-net")
     pixels, labels = images.pixels, images.labels.to(device)
     if pixels.numel() < 2 ** 31:                            # more than 2 GB stay where they are
         pixels = pixels.to(device)
@@ -1009,7 +1014,8 @@ def main(argv=None):
     teacher_steps = (32 if trained else 0) if args.teacher_steps is None else args.teacher_steps
     vit = None
     if args.feature_net != "teacher" and trained:
-        vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
+        with fid.first_alone():
+            vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
 
     def extract(x0, t, eps):
         """The frozen network's feature maps; the teacher's encoder sees images at time t."""
@@ -1082,7 +1088,8 @@ def main(argv=None):
         iterated = [b.clone() for b in disc.buffers()]
         for rows in parts * (args.adv_weight > 0):
             rewind(disc, iterated)
-            x_hat, leaf, fake = forward(rows)
+            with torch.set_grad_enabled(len(parts) == 1):
+                x_hat, leaf, fake = forward(rows)
             with autocast, torch.no_grad():
                 real = extract(x0[rows], t_F[rows], eps_real[rows])
                 c_img = real if vit else extract(x0[rows], clean[rows], 0 * x0[rows])
@@ -1129,6 +1136,7 @@ def main(argv=None):
                 run.add(loss_distill=loss_distill.detach())
             # The student: both gradients at its images, to be watched there, then one pass.
             x_hat.backward((grad_adv + grad_distill) / args.accumulate)
+            del x_hat, fake
             run.add(grad_adv=norm(grad_adv), grad_distill=norm(grad_distill),
                     **moments(leaf.detach()))
         grad_norm = mean_and_clip(student.parameters())

@@ -24,7 +24,7 @@ two beginning as the teacher. (80 is --start-sigma.)
 
 Departs from the paper in:
   * everything is small, trained from scratch, teacher included, with fast learning rates that
-    decay to zero; Adam's betas are 0 (teacher: 0.9) and 0.99, gradients are clipped at norm 1;
+    decay to zero; Adam's betas are 0 (teacher and pairs: 0.9) and 0.99, gradients are clipped;
   * on `shapes`, where a training is minutes, the teacher's ln sigma is N(0, 1.8^2): N(-1.2, 1.2^2)
     is hardly ever where shapes are decided. The generator is called at sigma 10, where the teacher
     already draws (at 80: a mean image; the paper's one-step SDXL is called at 399 of 1000). Levels
@@ -38,7 +38,7 @@ Departs from the paper in:
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the
-    generator's logit sees the range of Eq. 2 (2 to 98 % of the levels), not all of it;
+    generator's logit sees the range of Eq. 2 (2 to 98 % of the levels), not all of it.
     Updates of the generator and of the fake score cannot share: the networks change in between;
   * the generator has an EMA, which is what is scored (the raw weights too); official: none;
   * its labels are those of the batch of real images; official: uniform. Real images are mirrored
@@ -143,7 +143,8 @@ def method_options(add):
     add("--gan-cap", type=float, help="bound of the GAN's gradient at the images, in norms of "
         "distribution matching's; 0: none")
     add("--disc-weight", type=float, help="of the discriminator in L_fake")
-    add("--disc-maps", type=int, help="how many of the encoder's maps it sees, from the deepest; 0: all")
+    add("--disc-maps", type=int, help="how many of the encoder's maps it sees, from the deepest; "
+        "0: all")
     add("--dm-levels", type=shares, help="part of the table of noise levels that the generator's "
         "losses see")
     add("--fake-levels", type=shares, help="part that the fake score and discriminator learn")
@@ -334,7 +335,7 @@ def stored_args(folder):
     path = folder / "args.json"
     try:
         if not path.exists():
-            ours = ("progress", "pairs.npz", ".args.json")  # left by a start that got nowhere
+            ours = "progress", "pairs.npz", ".pairs.npz", ".args.json"      # of a start that failed
             if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
                 raise UserError(f"--out {folder}: is no run folder and not empty; give another")
             return {}
@@ -611,7 +612,7 @@ def read_checkpoint(folder):
             wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
             if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
                 break                                       # nothing is wrong with the file
-    raise UserError(f"{wrong}; give another --out, or move it away to train anew")
+    raise UserError(f"{wrong}; give another --out, or move the checkpoints away to train anew")
 
 
 class Run:
@@ -690,7 +691,8 @@ class Run:
         except Exception as error:                          # torch raises all sorts on a bad file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
             raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
-                            "give another --out, or move it away to train anew") from None
+                            "give another --out, or move the checkpoints away to train anew"
+                            ) from None
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut the log back to the checkpoint."""
@@ -919,7 +921,8 @@ def load_teacher(folder, teacher_ema, run, nulls):
                 raise UserError(f"was trained with --{name} {show(stored[name])}, not "
                                 f"{show(getattr(run.args, name))}; give that here too")
         if nulls and not stored["nulls"]:
-            raise UserError("was trained without null labels; train it with --cfg to guide it")
+            raise UserError("was trained without null labels; train it with the same --cfg and "
+                            "--label-dropout")
         state = read_checkpoint(pathlib.Path(folder))[0]
         if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
             raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
@@ -1077,8 +1080,6 @@ def main(argv=None):
         schedule_pairs.step()
         opt_pairs.zero_grad()
         run.add(grad_norm=grad_norm)
-    if run.step == begin:
-        generator_ema.module.load_state_dict(generator.state_dict())
 
     # Phase 3: the distillation. A step is one update of the generator and --fake-updates of the
     # fake score.

@@ -54,7 +54,7 @@ class LostProcess(UserError):
 
 
 class Images(typing.NamedTuple):
-    """A data set in memory.
+    """A data set, in memory or mapped from the disk.
 
     Without class labels, `classes` is empty and every label is 0, the null class.
     """
@@ -398,7 +398,7 @@ def map_batches(files, resolution):
         return pixels, labels, None
     for old in folder.glob(f"{place}-*"):                   # of what these files were before
         if old.stem != path.stem:
-            old.unlink()
+            old.unlink(missing_ok=True)
     return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(labels), key.hexdigest()
 
 
@@ -709,7 +709,7 @@ def reference(net, pixels, progress="data features", key=None):
         CACHE.mkdir(parents=True, exist_ok=True)
         save_statistics(file, stats, kept=stats.kept)
         for old in sorted(CACHE.glob("*.npz"), key=os.path.getmtime)[:-20]:
-            old.unlink()
+            old.unlink(missing_ok=True)
     return stats
 
 

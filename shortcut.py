@@ -224,7 +224,7 @@ def stored_args(folder):
     path = folder / "args.json"
     try:
         if not path.exists():
-            ours = ("progress", "pairs.npz", ".args.json")  # left by a start that got nowhere
+            ours = "progress", "pairs.npz", ".pairs.npz", ".args.json"      # of a start that failed
             if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
                 raise UserError(f"--out {folder}: is no run folder and not empty; give another")
             return {}
@@ -421,7 +421,7 @@ def read_checkpoint(folder):
             wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
             if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
                 break                                       # nothing is wrong with the file
-    raise UserError(f"{wrong}; give another --out, or move it away to train anew")
+    raise UserError(f"{wrong}; give another --out, or move the checkpoints away to train anew")
 
 
 class Run:
@@ -500,7 +500,8 @@ class Run:
         except Exception as error:                          # torch raises all sorts on a bad file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
             raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
-                            "give another --out, or move it away to train anew") from None
+                            "give another --out, or move the checkpoints away to train anew"
+                            ) from None
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut the log back to the checkpoint."""

@@ -295,6 +295,54 @@ def test_student_and_heads_are_updated_in_turn_and_the_teacher_is_not(small, tmp
         assert_close(state["student_ema"][f"module.{name}"], weights)
 
 
+@pytest.mark.parametrize("line", ["--distill-weight 0", "--adv-weight 0", "--distill-weight 100"])
+def test_the_student_goes_down_both_gradients(small, monkeypatch, tmp_path, line):
+    """Towards 1 by either, or to where they balance: the one pulls to 1, the other to -1."""
+    means, one = [], "100" not in line
+    monkeypatch.setattr(add, "adversarial_loss", lambda logits: means[-1])
+    monkeypatch.setattr(add, "distillation_loss", lambda teacher, x_hat, *rest:
+                        (x_hat - (1 if one else -1)).square().mean())
+    real = add.Denoiser.encode
+    def encode(self, x, t, y):
+        if x.requires_grad:                                 # the student's images, noised
+            means.append(3 * (encode.x_hat - 1).square().mean())
+        return real(self, x, t, y)
+    noised = add.Denoiser.noised
+    def spy(self, x0, t, eps):
+        if x0.requires_grad:
+            encode.x_hat = x0
+        return noised(self, x0, t, eps)
+    seen, run_add = [], add.Run.add
+    monkeypatch.setattr(add.Denoiser, "encode", encode)
+    monkeypatch.setattr(add.Denoiser, "noised", spy)
+    monkeypatch.setattr(add.Run, "add", lambda run, *rows, **scalars:
+                        "mean" in scalars and seen.append(float(scalars["mean"]))
+                        or run_add(run, *rows, **scalars))
+    add.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "40", "--lr", "1e-2",
+              *line.split()])
+    moved = np.mean(seen[-5:]) - np.mean(seen[:5])
+    assert moved > .3 if one else moved < -.1
+
+
+def test_the_heads_learn_to_tell_and_weights_weigh(small, monkeypatch, tmp_path):
+    """Against a student that stands still the heads' loss falls, the more R1 the less; lambda and
+    the adversarial weight multiply the gradients at the image."""
+    def run(name, *more):
+        add.main([*TINY, "--out", str(tmp_path / name), "--iters", "60", "--lr", "1e-9",
+                  "--teacher", str(tmp_path / "teacher"), "--feature-noise", "0", *more])
+        text = (tmp_path / name / "log.csv").read_text().splitlines()
+        return [dict(zip(text[0].split(","), map(float, row.split(",")))) for row in text[1:]]
+    add.main([*TINY, "--out", str(tmp_path / "teacher"), "--iters", "1"])
+    plain, damped = run("plain", "--r1", "0", "--disc-lr", "1e-2"), run("damped", "--r1", "1",
+                                                                       "--disc-lr", "1e-2")
+    assert plain[-1]["loss_disc"] < plain[0]["loss_disc"] < 4       # two heads at chance: 4
+    assert damped[-1]["loss_disc"] > plain[-1]["loss_disc"] and damped[-1]["d_real"] < 1
+    one, two = (run(f"{name}", "--disc-lr", "1e-9", "--distill-weight", str(weight),
+                    "--adv-weight", str(weight))[0] for name, weight in (("one", 1), ("two", 2)))
+    for name in "grad_adv", "grad_distill":
+        assert two[name] == approx(2 * one[name], rel=1e-3)
+
+
 @pytest.mark.parametrize("init", ["teacher", "random"])
 def test_the_student_begins_as_the_teacher_or_from_scratch(small, tmp_path, init):
     out = tmp_path / "run"
@@ -424,6 +472,26 @@ def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path):
     assert t.min() >= 1 and t.max() <= 999 and t.max() > 900
     assert_close(c, ALPHA[t] * SIGMA[t] / 2)
     assert {row[2] for row in seen["loss"]} == {(2, 3.0)}
+
+
+def test_the_heads_are_told_the_call_unless_they_should_not(small, tmp_path):
+    for name, more in ("told", []), ("not", ["--no-tell-call"]):
+        add.main([*TINY, "--out", str(tmp_path / name), "--iters", "1", *more])
+    told, not_ = (torch.load(tmp_path / name / "checkpoint.pt")["disc"] for name in ("told", "not"))
+    assert told["call.weight"].shape == (4, 64) and "call.weight" not in not_
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--channels 32", "was trained with --channels 16, not 32; give that here too"),
+    ("--label-dropout 0.1", "was trained without null labels; train it with the same"),
+    ("--label-dropout 0", "the heads see through the teacher's encoder with the null label")])
+def test_a_teacher_that_does_not_fit(small, tmp_path, line, message):
+    first = tmp_path / "first"
+    add.main([*TINY, "--iters", "1", "--out", str(first), "--label-dropout", "0", "--adv-weight",
+              "0"])
+    with pytest.raises(fid.UserError, match=message):
+        add.main([*TINY, "--iters", "1", *line.split(), "--teacher", str(first), "--out",
+                  str(tmp_path / "second")])
 
 
 def test_another_runs_teacher_is_taken_and_left_as_it_is(small, tmp_path):

@@ -391,9 +391,17 @@ def test_pairs_are_the_teachers_whatever_is_drawn_later(small, monkeypatch, tmp_
     assert len(seen) == 2
 
 
+def test_pairs_that_were_half_written_are_no_foreign_file(tmp_path):
+    (tmp_path / ".pairs.npz").write_bytes(b"half")
+    assert dmd2.stored_args(tmp_path) == {}
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(fid.UserError, match="no run folder and not empty"):
+        dmd2.stored_args(tmp_path)
+
+
 def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_path):
     """--pairs-iters: |G(tau z) - x0|^2 of the pairs alone, from the teacher's weights; then the
-    distillation begins, and the running mean with it."""
+    distillation begins, with a fake score that is still the teacher."""
     seen, pairs, real = [], [], dmd2.teacher_pairs
     monkeypatch.setattr(dmd2, "teacher_pairs", lambda *a: pairs.extend(real(*a)) or pairs)
     forward = EDM.forward
@@ -425,7 +433,6 @@ def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_
         assert loss.item() == approx((x0 - target[row]).square().mean().item(), rel=1e-4)
     state = torch.load(tmp_path / "run" / "checkpoint.pt")
     assert state["step"] == 4
-    assert_same(dict(means[1].module.state_dict()), dict(state["generator"]))
     assert_same(dict(means[0].module.state_dict()), dict(begun[0].state_dict()))
 
 
@@ -559,6 +566,24 @@ def test_the_generator_goes_down_both_gradients(small, monkeypatch, tmp_path, sl
     dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "30", "--lr", "1e-2",
                "--gan-weight", "1", "--fake-updates", "1"])
     assert np.mean(means[-5:]) > np.mean(means[:5]) + .3
+
+
+def test_weights_weigh(small, tmp_path):
+    """Twice the weight, twice the gradient: at the images, and in the norms before clipping."""
+    def row(name, *more):
+        dmd2.main([*TINY, "--out", str(tmp_path / name), "--iters", "1", "--fake-updates", "1",
+                   "--pairs", "10", "--teacher", str(tmp_path / "teacher"), *more])
+        text = (tmp_path / name / "log.csv").read_text().splitlines()
+        return dict(zip(text[0].split(","), map(float, text[1].split(","))))
+    dmd2.main([*TINY, "--out", str(tmp_path / "teacher"), "--iters", "1"])
+    one, two = (row(f"w{w}", "--dm-weight", w, "--gan-weight", w) for w in "12")
+    for name in "grad_dm", "grad_gan":
+        assert two[name] == approx(2 * one[name], rel=1e-3)
+    alone = "--dm-weight", "0", "--gan-weight", "0", "--regression"
+    one, two = (row(f"r{w}", *alone, w) for w in "12")
+    assert two["grad_norm"] == approx(2 * one["grad_norm"], rel=1e-3)
+    one, two = (row(f"d{w}", "--gan-weight", "1", "--disc-weight", w) for w in ("1e5", "2e5"))
+    assert two["grad_norm_fake"] == approx(2 * one["grad_norm_fake"], rel=1e-2)
 
 
 @pytest.mark.parametrize("cap, share", [("0.5", .5), ("1e9", None), ("0", None)])
