@@ -33,8 +33,8 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * R1 is of a head's sum of logits, without a factor 1/2, so gamma is not comparable: at 1e-5 it
     is not felt, at 1e-3 (and without momentum) colours no longer chase each other round;
   * optimisers, rates, clipping, EMA and schedules are ours: the paper has none. The student's and
-    the heads' rates do not decay: the two circle, and the EMA is the centre. (Decayed to zero they
-    stop somewhere on the circle, and so does the EMA: 0.076 where it had been 0.037 before);
+    the heads' rates end at a tenth, not at zero: the two circle, and the EMA is the centre. (Decayed
+    to zero they stop somewhere on the circle, and the EMA with them: 0.076, from 0.037 before);
   * NFSD's negative prompt is another class, drawn at random.
 """
 import argparse
@@ -372,11 +372,12 @@ def mean_and_clip(params):
     return nn.utils.clip_grad_norm_(params, 1.0)
 
 
-def warmup_cosine(opt, iters):
-    """The learning rate over a training: up for 100 steps or a tenth, then down to zero."""
+def warmup_cosine(opt, iters, end=0.0):
+    """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
     warmup = min(100, iters // 10 + 1)
     return torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / iters))) / 2)
+        opt, lambda i: min(1, (i + 1) / warmup)
+        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
 
 
 # ---- schedule ------------------------------------------------------------------------------------
@@ -1002,8 +1003,8 @@ def main(argv=None):
     opt_student = adam(student.parameters(), args.lr)       # no momentum: two players (StyleGAN-T)
     opt_disc = adam(disc.parameters(), args.disc_lr, decay=0.0)
     schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
-    schedule_student, schedule_disc = (torch.optim.lr_scheduler.LinearLR(opt, 0.01, total_iters=100)
-                                       for opt in (opt_student, opt_disc))      # and then constant
+    schedule_student, schedule_disc = (warmup_cosine(opt, args.iters, end=0.1)
+                                       for opt in (opt_student, opt_disc))
     run = Run(args, device, images, dict(
         teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
         schedule_teacher=schedule_teacher, student=student, student_ema=student_ema,

@@ -306,11 +306,12 @@ def mean_and_clip(params):
     return nn.utils.clip_grad_norm_(params, 1.0)
 
 
-def warmup_cosine(opt, iters):
-    """The learning rate over a training: up for 100 steps or a tenth, then down to zero."""
+def warmup_cosine(opt, iters, end=0.0):
+    """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
     warmup = min(100, iters // 10 + 1)
     return torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / iters))) / 2)
+        opt, lambda i: min(1, (i + 1) / warmup)
+        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
 
 
 # ---- times and lengths ---------------------------------------------------------------------------
