@@ -33,8 +33,8 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * R1 is of a head's sum of logits, without a factor 1/2, so gamma is not comparable: at 1e-5 it
     is not felt, at 1e-3 (and without momentum) colours no longer chase each other round;
   * optimisers, rates, clipping, EMA and schedules are ours: the paper has none. The student's and
-    the heads' rates end at a tenth, not at zero: the two circle, and the EMA is the centre. (Decayed
-    to zero they stop somewhere on the circle, and the EMA with them: 0.076, from 0.037 before);
+    the heads' rates end at a tenth, not at zero: the two circle, and the EMA is the centre. Where
+    they decay to zero they stop somewhere on the circle, and the EMA with them;
   * NFSD's negative prompt is another class, drawn at random.
 """
 import argparse
