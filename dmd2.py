@@ -18,7 +18,7 @@ Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
 two beginning as the teacher. (80 is --start-sigma.)
 
-    python dmd2.py --steps 1                          # coloured shapes, on a CPU: eleven minutes
+    python dmd2.py --steps 1                          # coloured shapes, on a CPU: 20 minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
