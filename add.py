@@ -1033,12 +1033,9 @@ def main(argv=None):
         with autocast:
             return ddim(psi, noise(), torch.full_like(y, T), y, steps, args.cfg)
 
-    def batch(n):
-        return draw_batch(pixels, labels, n, args.flip)
-
     # Phase 1: the teacher.
     for step in run.steps(begin, "teacher", args.teacher_batch):
-        x0, y = batch(args.teacher_batch)
+        x0, y = draw_batch(pixels, labels, args.teacher_batch, args.flip)
         if args.nulls:
             drop = torch.rand(len(y), device=device) < args.label_dropout
             y = torch.where(drop, null_class, y)
@@ -1065,7 +1062,7 @@ def main(argv=None):
     # Phase 2: the student and the heads, an update of each.
     taus = torch.tensor(args.taus, device=device)
     for step in run.steps(end, "distillation", args.batch):
-        x0, y = batch(args.batch)
+        x0, y = draw_batch(pixels, labels, args.batch, args.flip)
         k = torch.randint(len(taus), y.shape, device=device)
         s = taus[k]
         x_s = student.noised(x0, s, torch.randn_like(x0))

@@ -1027,12 +1027,9 @@ def main(argv=None):
         with autocast:
             return heun(real_score, noise(), y, steps, start)
 
-    def batch(n):
-        return draw_batch(pixels, labels, n, args.flip)
-
     # Phase 1: the teacher.
     for step in run.steps(taught, "teacher", args.teacher_batch):
-        x0, y = batch(args.teacher_batch)
+        x0, y = draw_batch(pixels, labels, args.teacher_batch, args.flip)
         if args.nulls:
             drop = torch.rand(len(y), device=device) < args.label_dropout
             y = torch.where(drop, null_class, y)
@@ -1090,7 +1087,7 @@ def main(argv=None):
 
     for step in run.steps(end, "distillation", args.batch * args.fake_updates):
         for i in range(args.fake_updates):
-            real, y = batch(args.batch)
+            real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
             k = int(torch.randint(args.train_steps, ()))    # one call for the whole batch
             simulate = args.backward_simulation or k == 0
