@@ -165,10 +165,11 @@ def variant(given):
 def check_method(args):
     if args.train_steps is None:
         args.train_steps = max(args.steps, default=1)
-    args.steps = args.steps or (args.train_steps,)
-    for n in (*args.steps, args.train_steps):
+    for option, n in *(("steps", n) for n in args.steps), ("train-steps", args.train_steps):
         if not 1 <= n <= 16:
-            raise UserError(f"--steps {n}: a generator has 1 to 16 calls")
+            raise UserError(f"--{option} {n}: a generator has 1 to 16 calls")
+    args.steps = args.steps or (args.train_steps,)
+    for n in args.steps:
         if args.train_steps % n:
             able = [i for i in range(1, args.train_steps + 1) if args.train_steps % i == 0]
             raise UserError(f"--steps {n}: a generator trained for {args.train_steps} "

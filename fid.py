@@ -27,6 +27,7 @@ import io
 import math
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -373,7 +374,10 @@ def map_batches(files, resolution):
     labels, key = [], hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for old in folder.glob("making-*"):                 # of a process that was killed
+            if time.time() - old.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as scratch:
             with open(f"{scratch}/pixels.npy", "wb") as file:
                 file.seek(128)                              # the header comes last: it tells N
                 for data, label in tqdm(read_batches(files, resolution), "once: one array of all",

@@ -446,6 +446,7 @@ def test_the_default_folder_says_how_many_calls(small):
     ("--steps 3 --train-steps 4", "--steps 3: a generator trained for 4 samples in 1,2,4"),
     ("--steps 0", "--steps 0: a generator has 1 to 16 calls"),
     ("--steps 32", "--steps 32: a generator has 1 to 16 calls"),
+    ("--train-steps 17", "--train-steps 17: a generator has 1 to 16 calls"),
     ("--teacher-iters 0", "--teacher-iters 0: expected 1 or more"),
     ("--fake-updates 0", "--fake-updates 0: expected 1 or more"),
     ("--teacher-batch 0", "--teacher-batch 0: expected 1 or more"),

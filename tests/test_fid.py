@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import zipfile
 import zlib
@@ -904,6 +905,9 @@ def test_batches_become_one_array_once(tmp_path, cache, monkeypatch):
         near(load_images(data, 8).pixels, rows.reshape(6, 3, 8, 8))
         assert len(reads) == 1 + damages
 
+    for name, age in ("making-old", 2 * 86400), ("making-new", 0):  # a killed one's, another's
+        (cache / "batches" / name).mkdir()
+        os.utime(cache / "batches" / name, (time.time() - age,) * 2)
     state = file.stat()
     write_batch(data, 2, data=dots(3, 192, seed=5))         # of the same size and time
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -911,7 +915,8 @@ def test_batches_become_one_array_once(tmp_path, cache, monkeypatch):
     near(changed.pixels[3:], dots(3, 192, seed=5).reshape(3, 3, 8, 8))
     assert changed.key != first.key
     left = sorted(p.suffix for p in (cache / "batches").iterdir())
-    assert left == [".npy", ".npz"] and not array.exists()  # the old one is gone
+    assert left == ["", ".npy", ".npz"] and not array.exists()      # the old one is gone
+    assert (cache / "batches" / "making-new").is_dir()
 
     net = RandomFeatures()
     stats = fid.reference(net, changed.pixels, key=changed.key)
