@@ -90,11 +90,11 @@ PRESETS = dict(
     p_std      =(1.8,       1.2,       1.2,       1.2),
     pairs      =(4096,      10_000,    10_000,    10_000),
     pairs_iters=(1500,      0,         0,         0),
-    iters      =(2000,      20_000,    10_000,    40_000),
+    iters      =(2500,      20_000,    10_000,    40_000),
     batch      =(16,        256,       64,        256),
     lr         =(3e-4,      1e-4,      1e-4,      2e-5),
     fake_lr    =(2e-3,      1e-4,      1e-4,      2e-5),
-    ema        =(0.99,      0.999,     0.999,     0.999),
+    ema        =(0.998,     0.999,     0.999,     0.999),
     fake_updates=(2,        5,         5,         5),
     start_sigma=(10.0,      80.0,      80.0,      80.0),
     dm_levels  =((.15, .8), (.02, .98), (.02, .98), (.02, .98)),
@@ -1001,8 +1001,8 @@ def main(argv=None):
     opt_pairs = adam(generator.parameters(), args.pairs_lr, 0.9)
     schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
     schedule_pairs = warmup_cosine(opt_pairs, max(1, args.pairs_iters))
-    schedule_generator = warmup_cosine(opt_generator, args.iters)
-    schedule_fake = warmup_cosine(opt_fake, args.iters)
+    schedule_generator, schedule_fake = (warmup_cosine(opt, args.iters, end=0.1)
+                                         for opt in (opt_generator, opt_fake))
     run = Run(args, device, images, dict(
         teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
         schedule_teacher=schedule_teacher, opt_pairs=opt_pairs, schedule_pairs=schedule_pairs,
