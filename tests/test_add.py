@@ -13,8 +13,8 @@ import add
 import fid
 from conftest import assert_same
 from add import (Denoiser, Discriminator, adversarial_loss, ddim, discriminator_loss,
-                 c_of_t, distillation_loss, guided, nfsd_loss, r1_penalty, sample, teacher_loss,
-                 vp_schedule)
+                 c_of_t, distillation_loss, guided, nfsd_loss, r1_penalty, sample, simulated,
+                 teacher_loss, vp_schedule)
 from nets import UNet
 
 column = lambda v: v.view(-1, 1, 1, 1)
@@ -201,6 +201,19 @@ def test_sampling_predicts_and_noises_afresh_on_the_taus():
                            G(draws[0], torch.full((3,), 1000), y))
 
 
+def test_simulated_inputs_are_those_of_the_sampler():
+    """Row by row, whatever the calls of the others are."""
+    G, taus, y = network(), (250, 500, 750, 1000), torch.arange(6) % 3
+    eps, k, seen = torch.randn(4, 6, 3, 16, 16), torch.tensor([0, 3, 1, 2, 0, 3]), {}
+    recorded = lambda x, t, y: seen.update({int(t[0]): x}) or G(x, t, y)
+    recorded.noised = G.noised
+    sample(recorded, iter(eps.flip(0)).__next__, y, taus[::-1])
+    x_s = simulated(G, eps, y, k, taus)
+    for i, call in enumerate(k.tolist()):
+        assert_close(x_s[i], seen[taus[call]][i])
+    assert simulated(G, eps[:, :0], y[:0], k[:0], taus).shape == (0, 3, 16, 16)
+
+
 # ---- the discriminator ---------------------------------------------------------------------------
 
 def test_hinge_losses_by_hand():
@@ -358,7 +371,7 @@ def test_the_student_begins_as_the_teacher_or_from_scratch(small, tmp_path, init
     "--distill-weight 0", "--no-tell-call --condition none", "--weighting sds",
     "--weighting nfsd", "--teacher-denoise-steps 2",
     "--cfg 1.5", "--r1 0", "--feature-noise 0", "--taus 500,1000 --steps 1,2", "--steps 1,3,4",
-    "--precision bf16"])
+    "--simulated 0", "--simulated 1", "--precision bf16"])
 def test_every_switch_trains_and_samples(small, tmp_path, line):
     out = tmp_path / "run"
     add.main([*TINY, "--out", str(out), "--iters", "2", *line.split()])
@@ -401,6 +414,7 @@ def test_stopped_and_resumed_in_each_phase_it_ends_the_same(small, monkeypatch, 
     ("--teacher-iters 0", "--teacher-iters 0: expected 1 to"),
     ("--teacher-steps 2000", "--teacher-steps 2000: expected 0 to 1000"),
     ("--feature-noise -1", "--feature-noise -1: expected 0 to 1000"),
+    ("--simulated 1.5", "--simulated 1.5: expected a number from 0 to 1"),
     ("--disc-lr 0", "--disc-lr 0.0: expected a number"), ("--r1 nan", "--r1 nan: expected"),
     ("--weighting nfsd --label-dropout 0", "need a teacher that knows the null label"),
     ("--adv-weight 0 --distill-weight 0", "nothing is left for the student to learn from"),
@@ -434,7 +448,8 @@ def test_a_vision_transformer_gives_maps_of_four_blocks(monkeypatch):
 
 # ---- what main passes to the losses --------------------------------------------------------------
 
-def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path):
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path, share):
     seen = dict(disc=[], encode=[], loss=[], student=[])
     def heads(self, features, y, c_img, known, call, real=Discriminator.forward):
         seen["disc"].append((c_img, known, call))
@@ -446,7 +461,8 @@ def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path):
         seen["loss"].append((t, c, rest))
         return real(teacher, x_hat, t, eps, y, c, *rest)
     def forward(self, x, t, y, real=Denoiser.forward):
-        seen["student"].append((x, t))
+        if torch.is_grad_enabled():                         # not in the simulation
+            seen["student"].append((x, t))
         return real(self, x, t, y)
     monkeypatch.setattr(add.Discriminator, "forward", heads)
     monkeypatch.setattr(add.Denoiser, "encode", encode)
@@ -455,14 +471,16 @@ def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path):
     for name in "draw", "evaluate":
         monkeypatch.setattr(add, name, lambda *args: None)
     add.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "30", "--batch", "16", "--cfg", "3",
-              "--weighting", "sds", "--teacher-denoise-steps", "2"])
+              "--weighting", "sds", "--teacher-denoise-steps", "2", "--simulated", str(share)])
     s = torch.cat([t for _, t in seen["student"]])
     assert set(s.tolist()) == {200, 400, 600, 1000} and len(seen["student"]) == 30
     for i, (x_s, t) in enumerate(seen["student"]):
         assert (x_s[t == 1000].std() - 1).abs() < .2        # nothing of the image is left
         told = seen["disc"][3 * i:3 * i + 3]                # real, fake, and the student's turn
         for c, known, call in told:
-            assert torch.equal(known, t < 1000) and torch.equal(c, told[0][0])
+            real_image_behind = torch.arange(16) >= 16 * share
+            assert torch.equal(known, (t < 1000) & real_image_behind)
+            assert torch.equal(c, told[0][0])
             assert torch.equal(torch.tensor([200, 400, 600, 1000])[call], t)
         (t_fake, y1), (t_real, y2), (t_img, y3) = seen["encode"][3 * i:3 * i + 3]
         assert torch.equal(t_fake, t_real) and not t_img.any() and y1 is y2 is y3 is None
