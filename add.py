@@ -27,11 +27,12 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * c_text is the class, c_img the mean of the feature network's last map of x0 (paper: a separate
     DINOv2's class token). It is left out of both sides of the hinge where s = 1000: there the
     student cannot know which x0 is meant, and the heads would punish it for that;
-  * half of a batch are not noised real images but, as in sampling, the student's own of the call
-    before (DMD2's backward simulation; --simulated 0: the paper's). Otherwise each call adds the
-    detail that a real image has lost in the noise, whether its input ever had it, and contrast
-    grows: on CIFAR-10 the deviation is 0.475 after one call, 0.492 after two, 0.555 after four
-    (the images': 0.503), and four calls score worse than two;
+  * half of a batch starts not from noised real images but from the student's own images of the
+    call before, noised, as in sampling with all --taus (DMD2's backward simulation; --simulated 0:
+    the paper's). No x0 is meant there, so c_img is left out as well. Without them each call adds
+    the detail that a real image loses in the noise to images that never had it, and contrast
+    grows: on CIFAR-10 the pixels' deviation is 0.475 after one call, 0.492 after two, 0.555 after
+    four (the images': 0.503), and four calls score worse than two;
   * |.|^2 is a mean over the pixels, so lambda is not comparable: at 2.5 the distillation's gradient
     at an image is a 200th of the adversarial one, at 80 a sixth. t is uniform in 1 .. 999, and
     w = sigma^2 in the SDS and NFSD weightings;
@@ -83,7 +84,6 @@ PRESETS = dict(
     lr         =(5e-4,      2e-4,      2e-4,      1e-4),
     disc_lr    =(2e-3,      1e-3,      1e-3,      1e-3),
     ema        =(0.998,     0.999,     0.999,     0.999),
-    simulated  =(0.5,       0.5,       0.5,       0.5),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
     resolution =(32,        32,        32,        64),
@@ -108,8 +108,8 @@ def method_options(add):
         "[32 after a training, then 0]")
     add("--taus", type=numbers, default=(200, 400, 600, 1000),
         help="the student's times, in training and sampling; the last is pure noise")
-    add("--simulated", type=float, help="share of a batch whose x_s is no noised real image but, as "
-        "in sampling, the student's own of the call before; the paper: 0")
+    add("--simulated", type=float, default=0.5, help="share of a batch whose x_s is no noised real "
+        "image but, as in sampling, the student's own of the call before; the paper: 0")
     add("--student-init", choices=["teacher", "random"], default="teacher",
         help="random: Table 1c")
     add("--distill-weight", type=float, default=80.0, help="lambda; 0: adversarial alone")
@@ -1090,15 +1090,15 @@ def main(argv=None):
     taus = torch.tensor(args.taus, device=device)
     for step in run.steps(end, "distillation", args.batch):
         x0, y = draw_batch(pixels, labels, args.batch, args.flip)
-        k, own = torch.randint(len(taus), y.shape), int(args.simulated * len(y))
-        call = k.to(device)
+        k = torch.randint(len(taus), y.shape)               # on the CPU, so that none waits for it
+        call, own = k.to(device), round(args.simulated * len(y))    # the first rows
         s, eps_s = taus[call], torch.randn((len(taus), *x0.shape), device=device)
         x_s = student.noised(x0, s, eps_s[0])
         for rows in slices(args):
             rows = slice(rows.start, own, rows.step)
             with autocast:
                 x_s[rows] = simulated(student, eps_s[:, rows], y[rows], k[rows], args.taus)
-        known = s < T                                       # where x_s says nothing of x0: no c_img
+        known = s < T                                       # where x_s shows x0: c_img is told
         known[:own] = False
         if args.adv_weight:
             t_F, clean = torch.randint(args.feature_noise + 1, y.shape, device=device), 0 * y

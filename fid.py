@@ -374,9 +374,10 @@ def map_batches(files, resolution):
     labels, key = [], hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("making-*"):                 # of a process that was killed
-            if time.time() - old.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in folder.glob("making-*"):                 # a day old: of one that was killed
+            with contextlib.suppress(OSError):              # another process sweeps, too
+                if time.time() - old.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(old)
         with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as scratch:
             with open(f"{scratch}/pixels.npy", "wb") as file:
                 file.seek(128)                              # the header comes last: it tells N

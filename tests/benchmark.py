@@ -30,7 +30,7 @@ import fid  # noqa: E402
 import nets  # noqa: E402
 import shortcut  # noqa: E402
 
-# The last phase of each, at once.
+# Options that go to the last phase at once.
 METHODS = dict(shortcut="", dmd2="--teacher-iters 1 --teacher-steps 1 --pairs-iters 0",
                add="--teacher-iters 1 --teacher-steps 1")
 NETWORK = "channels mult blocks attention dropout".split()
@@ -74,12 +74,13 @@ class Clock:
         return call
 
 
-def train(args, script, *options, steps=None, flops=False):
+def train(args, script, *options, steps=None, parts=False, flops=False):
     """-> the Clock of a few steps of script.main(), without pictures and scores.
 
-    flops: count those of the last step, too (which makes it slow, so it is not timed).
+    parts: time them too (a GPU is waited for at each). flops: count those of a step (it is slow).
     """
     clock, steps = Clock(), steps or args.steps
+    torch._dynamo.reset()                                   # its limit of graphs is a process's
 
     def watched(self, end, what, images, inner=script.Run.steps):
         if what not in ("training", "distillation"):
@@ -93,21 +94,21 @@ def train(args, script, *options, steps=None, flops=False):
                 clock.parts.setdefault("loop", []).append(start - stop)
             elif step == end - steps:
                 clock.parts.clear()
-            before, last = start, step == end - 1
-            with Flops() if flops and last else contextlib.nullcontext() as counter:
+            before = start
+            with Flops() if flops else contextlib.nullcontext() as counter:
                 yield step
             stop = now()
-            if counter:
-                clock.flops = counter.total
+            clock.flops += counter.total / (steps + 3) if flops else 0
 
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as patches:
         def patch(owner, name, value):
             patches.enter_context(mock.patch.object(owner, name, value))
         patch(script.Run, "steps", watched)
-        patch(script.Run, "add", clock.timed("log", script.Run.add))
-        patch(script, "draw_batch", clock.timed("data", script.draw_batch))
-        patch(AveragedModel, "update_parameters",
-              clock.timed("ema", AveragedModel.update_parameters))
+        for name, owner, function in [("sums for the log", script.Run, "add"),
+                                      ("data", script, "draw_batch"),
+                                      ("running mean", AveragedModel, "update_parameters")]:
+            if parts:
+                patch(owner, function, clock.timed(name, getattr(owner, function)))
         for name in ("draw", "evaluate", "save_grid"):
             patch(script, name, lambda *args, **kwargs: None)
         patch(fid, "quiet", lambda: True)
@@ -127,7 +128,7 @@ def preset(script, column, *names):
 
 
 def turns(args, variants):
-    """Run the variants by turns -> a list of each one's results, a round a place."""
+    """Run the variants by turns -> each one's results, by round."""
     results = [[] for _ in variants]
     for _ in range(args.rounds):
         for result, variant in zip(results, variants):
@@ -191,16 +192,15 @@ def row_dmd2(args):
 
 def row_arithmetic(args):
     """A step's rate of arithmetic over that of the bare network's forward and backward pass."""
-    device = fid.pick_device("auto")
     p = shortcut.parse_args([*args.options, "--samples", "0"])
-    shortcut.set_up(p)
+    device, autocast = shortcut.set_up(p)
     net = nets.UNet(p.resolution, p.channels, p.mult, p.blocks, p.attention, 10).to(
         device, memory_format=torch.channels_last)
     x, t = torch.randn(p.batch, 3, p.resolution, p.resolution, device=device), \
         torch.rand(p.batch, device=device)
 
     def passes():
-        with torch.autocast(device.type, torch.bfloat16, enabled=p.precision == "bf16"):
+        with autocast:
             loss = net(x, t).square().mean()
         loss.backward()
 
@@ -225,7 +225,7 @@ def row_arithmetic(args):
     with Flops() as counter:
         passes()
     scripts = shortcut, dmd2, add
-    flops = [train(args, script, flops=True, steps=2).flops for script in scripts]
+    flops = [train(args, script, flops=True).flops for script in scripts]
     peaks, bares, *own = turns(args, [
         peak, bare, *(lambda script=script: train(args, script).seconds() for script in scripts)])
     line(f"matrix product of side {args.matrix}, {p.precision}", [v / 1e9 for v in peaks],
@@ -262,7 +262,8 @@ def row_overhead(args):
     for name in METHODS:
         shares = {}
         for _ in range(args.rounds):
-            clock = train(args, importlib.import_module(name), steps=3 * args.steps)
+            clock = train(args, importlib.import_module(name), steps=3 * args.steps,
+                          parts=True)
             whole = sum(clock.steps) * (1 + 1 / len(clock.steps))   # the last has no successor
             parts = {part: sum(times) / whole for part, times in clock.parts.items()}
             for part, share in (parts | dict(total=sum(parts.values()))).items():
