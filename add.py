@@ -31,10 +31,10 @@ Departs from the paper in (its training code is not public, and it leaves much o
     call before, noised, as in sampling with all --taus (DMD2's backward simulation; --simulated 0:
     the paper's). No x0 is meant there, so c_img is left out as well. Without them each call adds
     the detail that a real image loses in the noise to images that never had it, and contrast
-    grows: on CIFAR-10 the pixels' deviation is 0.475 after one call, 0.492 after two, 0.555 after
-    four (the images': 0.503), and four calls score worse than two;
+    grows: on CIFAR-10 the pixels' deviation is 0.475 after one call, 0.503 after two, 0.555 after
+    four (the images': 0.503), and four calls score worse than one;
   * |.|^2 is a mean over the pixels, so lambda is not comparable: at 2.5 the distillation's gradient
-    at an image is a 200th of the adversarial one, at 80 a sixth. t is uniform in 1 .. 999, and
+    at an image is a 200th of the adversarial one, at 80 a fifth. t is uniform in 1 .. 999, and
     w = sigma^2 in the SDS and NFSD weightings;
   * R1 is of a head's sum of logits, without a factor 1/2, so gamma is not comparable: at 1e-5 it
     is not felt, at 1e-3 (and without momentum) colours no longer chase each other round;
