@@ -221,8 +221,8 @@ def check_method(args):
 
 KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
 # The options that may differ from call to call of one run.
-FREE = ("steps teacher_steps samples labels features inception device compile accumulate "
-        "checkpoint_activations npz out").split()
+FREE = ("steps teacher_steps samples score_every labels features inception device compile "
+        "accumulate checkpoint_activations npz out").split()
 CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
@@ -271,6 +271,7 @@ def parse_args(argv=None):
         help="auto: bf16 where the hardware is fast at it")
     add("--compile", action="store_true", default=False, help="torch.compile the networks")
     add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
+    add("--score-every", type=int, default=0, help="score also every so many updates; 0: never")
     add("--labels", help="classes to draw, a comma list of names or numbers")
     add("--features", choices=["auto", "inception", "random"],
         help="what to score with; auto: inception where its weights can be had")
@@ -303,10 +304,11 @@ def parse_args(argv=None):
                             f"{show(args[name])}, not {show(value)}; give another --out")
     args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
 
-    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, seed=0, channels=16,
-                          resolution=8).items():
+    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
+                          channels=16, resolution=8).items():
         if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name} {getattr(args, name)}: expected {low} or more")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
+                            "more")
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
     for name in ("lr", "ema", "dropout"):
@@ -632,6 +634,7 @@ class Run:
         self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
         self.data = [len(images.labels), *images.classes]   # another data set is another run
         self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
+        self.seconds = 0.0                                  # of training, until the last row
         try:
             (self.folder / "progress").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -715,6 +718,7 @@ class Run:
                      python=platform.python_version(), torch=torch.__version__)
         self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
         self.rows = [row for row in self.read_csv("log.csv") if int(row["step"]) <= self.step]
+        self.seconds = float(self.rows[-1].get("seconds") or 0) if self.rows else 0.0
         print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
               f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
 
@@ -765,12 +769,13 @@ class Run:
         sums = fid.total(torch.tensor(sums, dtype=torch.float64)).tolist()
         row = {name: total / n for name, (total, n) in zip(self.sums, sums) if n}
         row["img_per_s"] = (self.step - step) * self.images / (now - then)
+        self.seconds += now - then
         for name, value in row.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
                                 "kept. Train anew into another --out, with a lower learning rate")
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
-        self.rows.append(dict(step=self.step) | self.counts
+        self.rows.append(dict(step=self.step, seconds=f"{self.seconds:.1f}") | self.counts
                          | {n: f"{value:.6g}" for n, value in row.items()})
         self.sums, self.since = {}, (now, self.step)
         self.write_csv("log.csv", self.rows)
@@ -861,7 +866,7 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
 
     generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
-    args, classes = run.args, scorer.classes
+    args, classes, begun = run.args, scorer.classes, time.monotonic()
     for n in steps:
         count = max(args.samples, 80)                       # the picture takes 80
         # Labels in the data's proportions; the first 80, for the picture, run through the classes.
@@ -895,11 +900,14 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         print(fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
                            scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
               flush=True)
-        row = dict(step=run.step, metric=scorer.net.label, value=value, samples=args.samples,
-                   reference=scorer.reference.n, data=scorer.name, nfe=nfe(n), who=who,
-                   img_per_s=speed)
+        row = dict(step=run.step + run.training, metric=scorer.net.label, value=value,
+                   samples=args.samples, reference=scorer.reference.n, data=scorer.name,
+                   nfe=nfe(n), who=who, img_per_s=speed)
         run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
-    print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
+    if run.training:                                        # the log's time is that of training
+        run.since = run.since[0] + time.monotonic() - begun, run.since[1]
+    else:
+        print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
 # ---- common to add.py and dmd2.py ----------------------------------------------------------------
@@ -1030,6 +1038,12 @@ def main(argv=None):
     def teach(noise, y, steps, start=SIGMA_MAX):
         with autocast:
             return heun(real_score, noise(), y, steps, start)
+
+    def sampler(G):
+        def generate(noise, y, steps):
+            with autocast:
+                return sample(G, noise, y, taus(steps, args.start_sigma))
+        return generate
 
     # Phase 1: the teacher.
     for step in run.steps(taught, "teacher", args.teacher_batch):
@@ -1163,12 +1177,10 @@ def main(argv=None):
             with autocast:
                 draw(run, generator, real_score, fake_score, scorer.classes, tau,
                      f"progress/{step + 1:07d}.png")
+        if args.score_every and done % args.score_every == 0 and done < args.iters:
+            evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema",
+                     f"progress/{step + 1:07d}")
 
-    def sampler(G):
-        def generate(noise, y, steps):
-            with autocast:
-                return sample(G, noise, y, taus(steps, args.start_sigma))
-        return generate
     if teacher_steps:
         evaluate(run, scorer, teach, [teacher_steps], "teacher ema", "teacher",
                  lambda n: (2 * n - 1) * (1 if args.cfg == 1 else 2))

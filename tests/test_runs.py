@@ -165,7 +165,7 @@ def assert_same_log(a, b, but=()):
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]
     for x, y in zip(*rows):
         assert x.keys() == y.keys()
-        for name in x.keys() - {"img_per_s", *but}:
+        for name in x.keys() - {"img_per_s", "seconds", *but}:
             assert bool(x[name]) == bool(y[name])
             if x[name]:
                 assert float(x[name]) == pytest.approx(float(y[name]), rel=2e-5, abs=1e-6), name
@@ -443,3 +443,28 @@ def test_activations_computed_twice_change_nothing(method, tmp_path, monkeypatch
         calls.clear()
     assert counts[1] > counts[0]
     assert_same(state(tmp_path / "plain"), state(tmp_path / "twice"))
+
+
+@pytest.mark.parametrize("method", LINES)
+def test_scores_on_the_way_change_nothing(method, tmp_path, capsys):
+    for name, more in ("plain", []), ("scored", ["--score-every", 2]):
+        run(method, tmp_path / name, "--iters", 5, "--samples", 40, "--steps", 1, "--dropout", 0.2,
+            *more)
+    assert_same(state(tmp_path / "plain"), state(tmp_path / "scored"))
+    rows = list(csv.DictReader((tmp_path / "scored" / "scores.csv").open()))
+    begin = dict(shortcut=0, dmd2=15, add=10)[method]
+    own = [r for r in rows if r["who"].endswith(("generator ema", "student ema", "shortcut ema"))]
+    assert [int(r["step"]) for r in own] == [begin + 2, begin + 4, begin + 5]
+    last = list(csv.DictReader((tmp_path / "plain" / "scores.csv").open()))[-1]
+    assert own[-1]["value"] == last["value"] and own[0]["value"] != own[1]["value"]
+    for step in begin + 2, begin + 4:
+        assert (tmp_path / "scored" / "progress" / f"{step:07d}-1step.png").exists()
+    assert "pictures: " in capsys.readouterr().out
+
+
+def test_the_time_of_scores_is_not_that_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "distance", lambda *args, real=fid.distance: time.sleep(3) or
+                        real(*args))                        # a score that takes its time
+    run("shortcut", tmp_path, "--iters", 5, "--samples", 40, "--steps", 1, "--score-every", 2)
+    seconds = [float(row["seconds"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
+    assert len(seconds) == 1 and 0 < seconds[0] < 4         # two of them came within it

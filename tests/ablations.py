@@ -1,0 +1,167 @@
+"""The papers' ablations on `shapes`: rows of one table differ in the options shown, start from one
+teacher and have equal updates. By hand:
+
+    python tests/ablations.py                     # every table: three hours on two cores
+    python tests/ablations.py add-losses --seeds 0,1
+    python tests/ablations.py --list              # the commands, to run some of them by yourself
+
+A row is a run of its own in runs/ablations: what is finished is kept, what was stopped goes on.
+"""
+import argparse
+import concurrent.futures
+import csv
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# What shortcut.py has no option for: the lengths as the official code draws them in small batches.
+ALL_ONE = "real = shortcut.draw_t_d\n" \
+          "def draw_t_d(*args):\n" \
+          "    t, d, n = real(*args)\n" \
+          "    d[:n], t[:n] = 1, 0\n" \
+          "    return t, d, n\n" \
+          "shortcut.draw_t_d = draw_t_d"
+
+DMD2 = "--steps 1 --iters 600 --pairs-iters 0 --ema 0.98"
+TWO = "--fake-updates 5"                                    # the paper's two time-scales
+ONE = "--fake-updates 1"
+ADD = "--steps 1,4 --iters 1500 --simulated 0"
+SHORTCUT = "--steps 1,4,128 --samples 1024"
+
+# Table: method, options of all its rows, and of each row: its name, options, published number.
+TABLES = {
+    "dmd2-losses": ("dmd2", DMD2, [                         # Table 3: FID, ImageNet-64
+        ("matching, regression", f"{ONE} --gan-weight 0 --regression 0.25", "2.62"),
+        ("matching", f"{ONE} --gan-weight 0", "3.48"),
+        ("matching, two time-scales", f"{TWO} --gan-weight 0", "2.61"),
+        ("matching, two time-scales, GAN", TWO, "1.51"),
+        ("GAN", f"{ONE} --dm-weight 0", "2.56"),
+        ("GAN, two time-scales", f"{TWO} --dm-weight 0", "2.52"),
+    ]),
+    "dmd2-equal-rates": ("dmd2", f"{DMD2} --fake-lr 3e-4", [   # Figure 8: one is unstable
+        ("1 update of the fake score", ONE, ""),
+        ("5", TWO, ""),
+    ]),
+    "dmd2-steps": ("dmd2", "--train-steps 4 --steps 1,2,4 --iters 1500", [   # Table 4: SDXL, FID
+        ("backward simulation", "", "19.32"),
+        ("noised real images", "--no-backward-simulation", "20.66"),
+    ]),
+    "add-condition": ("add", ADD, [                         # Table 1b: FID-5k, COCO
+        ("nothing", "--condition none", "21.2"),
+        ("the label (paper: text)", "--condition label", "21.2"),
+        ("the image", "--condition image", "21.1"),
+        ("both", "", "20.6"),
+    ]),
+    "add-init": ("add", ADD, [                              # Table 1c
+        ("random", "--student-init random", "293.6"),
+        ("pretrained", "", "20.6"),
+    ]),
+    "add-losses": ("add", ADD, [                            # Table 1d
+        ("adversarial", "--distill-weight 0", "20.8"),
+        ("distillation", "--adv-weight 0", "315.6"),
+        ("both, exponential", "", "20.6"),
+        ("both, SDS", "--weighting sds", "22.3"),
+        ("both, NFSD", "--weighting nfsd", "21.8"),
+    ]),
+    "add-target": ("add", ADD, [                            # Table 1f: the teacher's steps
+        ("1 step", "", "20.6"),
+        ("2 steps", "--teacher-denoise-steps 2", "20.8"),
+        ("4 steps", "--teacher-denoise-steps 4", "20.3"),
+    ]),
+    "shortcut-k": ("shortcut", SHORTCUT, [
+        ("0, flow matching", "--k 0", ""),
+        ("1/8, the official code's", "--k 0.125", ""),
+        ("1/4", "", ""),
+        ("1/2", "--k 0.5", ""),
+    ]),
+    "shortcut-choices": ("shortcut", SHORTCUT, [
+        ("as it is", "", ""),
+        ("every self-consistency row d = 1", ALL_ONE, ""),
+        ("no running mean", "--ema 0", ""),
+        ("no weight decay", "--weight-decay 0", ""),
+    ]),
+}
+
+
+def row_command(table, options, seed, small=()):
+    """-> argv of a row, and its run folder. Rows of the same options are the same run."""
+    method, common, _ = TABLES[table]
+    patch = options if "\n" in options else ""
+    name = "-".join(common.replace("--", "").split() + ["patched"] * bool(patch)
+                    + ("" if patch else options).replace("--", "").split() + [f"seed-{seed}"])
+    out = pathlib.Path("runs/ablations", method, name.replace(",", "."))
+    line = [*shlex.split(common), *shlex.split("" if patch else options), "--seed", str(seed),
+            "--out", str(out)]
+    if method != "shortcut":
+        line += ["--teacher", f"runs/{method}-shapes", "--teacher-steps", "0"]
+    start = ["-c", f"import sys; sys.path[0] = {str(ROOT)!r}; import shortcut\n{patch}\n"
+             "shortcut.main()"] if patch else [str(ROOT / f"{method}.py")]
+    return [sys.executable, *start, *line, *small], out
+
+
+def run_row(command, out, threads):
+    """Train, unless it is done, and -> the scores of its running mean, by number of calls."""
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.with_name(out.name + ".log")
+    with open(log, "a") as file:
+        if subprocess.run(command, stdout=file, stderr=file, env=env).returncode:
+            return str(log)                                 # where it says what went wrong
+    rows = csv.DictReader((out / "scores.csv").read_text().splitlines())
+    return {int(row["nfe"]): float(row["value"]) for row in rows if row["who"].endswith("ema")}
+
+
+def main(argv=None, small=()):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES) + " [all]")
+    parser.add_argument("--seeds", default="0", help="a comma list [0]")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, which share the "
+                        "cores [2]")
+    parser.add_argument("--list", action="store_true", help="print the commands alone")
+    args = parser.parse_args(argv)
+    unknown = set(args.tables) - set(TABLES)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(TABLES)}")
+    tables, seeds = args.tables or [*TABLES], [int(s) for s in args.seeds.split(",")]
+    jobs = {}                                               # by run folder: a row of two tables is one
+    for table in tables:
+        for _, options, _ in TABLES[table][2]:
+            for seed in seeds:
+                command, out = row_command(table, options, seed, small)
+                jobs[out] = command
+    if args.list:
+        print(*(shlex.join(command) for command in jobs.values()), sep="\n")
+        return
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    for method in sorted({TABLES[table][0] for table in tables} - {"shortcut"}):
+        if not pathlib.Path(f"runs/{method}-shapes/scores.csv").exists():   # the default run
+            print(f"runs/{method}-shapes: trained first, for its teacher", flush=True)
+            subprocess.run([sys.executable, ROOT / f"{method}.py", *small], check=True)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {out: pool.submit(run_row, command, out, threads)
+                   for out, command in jobs.items()}
+        for table in tables:
+            method, common, rows = TABLES[table]
+            print(f"\n{table}: {method}.py {common}, {'seed' if len(seeds) == 1 else 'seeds'} "
+                  f"{args.seeds}; FD-random at each number of calls", flush=True)
+            for i, (name, options, published) in enumerate(rows):
+                results = [futures[row_command(table, options, seed)[1]].result()
+                           for seed in seeds]
+                wrong = [r for r in results if isinstance(r, str)]
+                if wrong:
+                    print(f"| {name} | failed: {wrong[0]} |", flush=True)
+                    continue
+                calls = sorted(results[0])
+                if i == 0:
+                    print("| | " + " | ".join(map(str, calls)) + " | paper |")
+                    print("|---" * (len(calls) + 2) + "|")
+                cells = [" / ".join(f"{r[n]:.3g}" for r in results) for n in calls]
+                print(f"| {name} | " + " | ".join(cells) + f" | {published or '–'} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
