@@ -776,18 +776,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians; arrays or tensors, [D] and [D, D], in float64.
 
     tr (sigma1 sigma2)^1/2 is the sum of the square roots of the eigenvalues of r^T sigma2 r, for
-    any r with r r^T = sigma1: real and non-negative. r is the Cholesky factor with pivoting, which
-    there is for covariances of any rank.
+    any r with r r^T = sigma1: real and non-negative. r is the Cholesky factor; where sigma1 is
+    singular and has none, the one with pivoting, which there is for covariances of any rank.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).detach().cpu().double().numpy()
                                 for a in (mu1, sigma1, mu2, sigma2))
+    squares = float(((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace())
     # They are symmetric: .T costs nothing, and is the order of memory that LAPACK wants.
-    root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1.T, lower=1)
-    pivoted = sigma2[np.ix_(order - 1, order - 1)].T                    # LAPACK counts from 1
-    product, _ = scipy.linalg.lapack.dsygst(pivoted, root, itype=2, lower=1)    # root^T . root
-    values = scipy.linalg.eigvalsh(product[:rank or 1, :rank or 1], lower=True).clip(min=0)
-    return float(((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace()
-                 - 2 * np.sqrt(values).sum())
+    (root, singular), rank = scipy.linalg.lapack.dpotrf(sigma1.T, lower=1), len(mu1)
+    if singular:
+        root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1.T, lower=1)
+        sigma2 = sigma2[np.ix_(order - 1, order - 1)]                   # LAPACK counts from 1
+    product, _ = scipy.linalg.lapack.dsygst(sigma2.T, root, itype=2, lower=1)   # root^T . root
+    product = torch.from_numpy(product[:rank or 1, :rank or 1])
+    values = torch.linalg.eigvalsh(product, UPLO="L").clamp(min=0)
+    return squares - 2 * values.sqrt().sum().item()
 
 
 def distance(a, b):
