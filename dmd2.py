@@ -48,8 +48,9 @@ Departs from the paper in:
     where the preset says so; official: never;
   * elsewhere the head sits on the encoder's last features, as in the official code (paper: middle
     block);
-  * the multi-step generator (in the paper of SDXL) is of the same kind: levels 999, 749, 499, 249
-    of the 1000, when it begins at 80;
+  * the multi-step generator (in the paper of SDXL) is of the same kind. Its calls are at SDXL's
+    levels in units of the data's deviation, 2.0, 0.81 and 0.35 after the first: at the same indices
+    of EDM's table, 2.5, 0.17 in the end, little is left to draw in the last;
   * the regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
@@ -93,7 +94,7 @@ PRESETS = dict(
     p_std      =(1.8,       1.2,       1.2,       1.2),
     pairs      =(4096,      10_000,    10_000,    10_000),
     pairs_iters=(1500,      0,         0,         0),
-    iters      =(2500,      20_000,    10_000,    40_000),
+    iters      =(1500,      20_000,    10_000,    40_000),
     batch      =(16,        256,       64,        256),
     lr         =(3e-4,      1e-4,      1e-4,      2e-5),
     fake_lr    =(2e-3,      1e-4,      1e-4,      2e-5),
@@ -202,9 +203,10 @@ def check_method(args):
         if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
             raise UserError(f"--{name.replace('_', '-')} {show(part)}: expected two shares of the "
                             "table, ascending, as 0.02,0.98")
-    if not SIGMA_MIN < args.start_sigma <= SIGMA_MAX:
+    low = SIGMA_MIN if args.train_steps == 1 else 0.1       # room for the other calls' levels
+    if not low < args.start_sigma <= SIGMA_MAX:
         raise UserError(f"--start-sigma {args.start_sigma}: expected at most {SIGMA_MAX}, and more "
-                        f"than {SIGMA_MIN}")
+                        f"than {low}")
     if not (-10 < args.p_mean < 10 and 0 < args.p_std < 10):
         raise UserError(f"--p-mean {args.p_mean} --p-std {args.p_std}: expected logarithms, the "
                         "second above 0")
@@ -441,11 +443,13 @@ def karras(n, start=SIGMA_MAX):
 
 
 def taus(steps, start=SIGMA_MAX):
-    """The levels at which a generator of so many steps is called: `start`, then evenly down the
-    table (official code: 999, 749, 499, 249 of 1000 for four)."""
-    table = karras(LEVELS)
-    n = min(LEVELS, int((table < start).sum()) + 1)         # levels up to it
-    return [float(table[n - 1 - k * n // steps]) for k in range(steps)]
+    """The levels at which a generator of so many steps is called: `start`, then evenly down SDXL's
+    table (official code: 999, 749, 499, 249 of 1000 for four), in units of the data's deviation."""
+    alpha = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, LEVELS, dtype=torch.float64) ** 2
+             ).cumprod(0)
+    table = SIGMA_DATA * ((1 - alpha) / alpha).sqrt()       # those four: 7.3, 2.0, 0.81, 0.35
+    n = int((table < start).sum())                          # levels below it
+    return [float(start)] + [float(table[n - 1 - k * n // steps]) for k in range(1, steps)]
 
 
 # ---- the networks --------------------------------------------------------------------------------

@@ -48,9 +48,22 @@ head = lambda features: 3 * features[-1].mean((1, 2, 3)) + 0.2
 
 def test_noise_levels_are_the_official_table():
     assert_close(karras(1000).float(), DMD2["karras_sigmas"], rtol=1e-5, atol=0)
-    assert taus(4) == [float(karras(1000)[i]) for i in (999, 749, 499, 249)]
-    assert taus(2, 10.) == [float(karras(1000)[i]) for i in (670, 335)]
-    assert taus(1) == [approx(80)] and taus(2) == taus(4)[::2] and len(taus(3)) == 3
+    assert taus(1) == [80] and taus(2) == taus(4)[::2] and len(taus(3)) == 3
+
+
+def test_calls_are_at_the_levels_of_sdxl():
+    """999, 749, 499, 249 of the schedule of Stable Diffusion, whose sigmas are known: 14.615 at the
+    top, of latents of unit deviation."""
+    alpha, sigmas = 1, []
+    for i in range(1000):
+        alpha *= 1 - (0.00085 ** 0.5 + i / 999 * (0.012 ** 0.5 - 0.00085 ** 0.5)) ** 2
+        sigmas.append(math.sqrt((1 - alpha) / alpha))
+    assert sigmas[-1] == approx(14.6146, rel=1e-5)
+    assert taus(4) == approx([80, *(0.5 * sigmas[i] for i in (749, 499, 249))], rel=1e-9)
+    assert taus(4, 10.) == [10., *taus(4)[1:]]
+    low = taus(4, 1.)                                       # what begins lower goes down from there
+    n = sum(0.5 * sigma < 1 for sigma in sigmas)
+    assert low == approx([1, *(0.5 * sigmas[n - 1 - k * n // 4] for k in (1, 2, 3))], rel=1e-9)
 
 
 def test_distribution_matching_is_the_official():
@@ -460,6 +473,7 @@ def test_the_default_folder_says_how_many_calls(small):
     ("--fake-levels 0.5,0.5", "--fake-levels 0.5,0.5: expected two shares of the table, ascending"),
     ("--start-sigma 81", "--start-sigma 81.0: expected at most 80.0"),
     ("--start-sigma nan", "--start-sigma nan: expected at most 80.0"),
+    ("--train-steps 4 --start-sigma 0.05", "expected at most 80.0, and more than 0.1"),
     ("--p-std 0", "--p-std 0.0: expected logarithms"),
     ("--regression nan", "--regression nan: expected at least 0"),
     ("--dm-weight 0 --gan-weight 0", "nothing is left for the generator to learn from"),
