@@ -2,6 +2,7 @@
 
     python tests/pictures.py                      # what it can; says which runs are missing
 """
+import csv
 import pathlib
 import sys
 
@@ -47,6 +48,23 @@ def few_calls():
           for n in (1, 2, 4, 128))])
 
 
+def progress():
+    """One call of each method on the way, at a tenth, three tenths and the end of its updates, and
+    the minutes of training until then, a teacher's included."""
+    rows = []
+    for name in "shortcut", "dmd2", "add":
+        folder = RUNS / f"{name}-shapes"
+        grids = sorted(grid for grid in folder.glob("progress/*.png") if grid.stem.isdigit())
+        if len(grids) < 10:
+            rows.append((name, folder / "progress" / "*.png", 0))   # missing: strip() says so
+            continue
+        with open(folder / "log.csv") as log:
+            seconds = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(log)}
+        rows += [(f"{name}.py,\n{seconds[int(grid.stem)] / 60:.1f} minutes", grid, 0)
+                 for grid in (grids[0], grids[2], grids[-1])]
+    strip("progress", rows)
+
+
 def tables():
     """The rows of the ablations, in one call."""
     for table, (_, _, rows) in ablations.TABLES.items():
@@ -57,4 +75,5 @@ def tables():
 
 if __name__ == "__main__":
     few_calls()
+    progress()
     tables()

@@ -1,0 +1,57 @@
+"""tests/pictures.py: strips of the grids that the scripts save."""
+import argparse
+
+import pytest
+import torch
+from PIL import Image
+
+import dmd2
+import pictures
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(pictures, "ASSETS", tmp_path)
+    return tmp_path
+
+
+def grid(path, *greys):
+    """One of dmd2.py's own: ten columns, a grey level a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.tensor(greys, dtype=torch.uint8).repeat_interleave(10)[:, None, None, None]
+    run = argparse.Namespace(write=lambda name, save: save(path),
+                             args=argparse.Namespace(resolution=32))
+    dmd2.save_grid(run, path.name, pixels.expand(-1, 3, 32, 32))
+    return path
+
+
+def centres(path):
+    image = Image.open(path)
+    return [image.getpixel((x, i * pictures.CELL + 36))[0] for i in range(image.height // 68)
+            for x in (pictures.MARGIN + 36, pictures.MARGIN + 9 * pictures.CELL + 36)]
+
+
+def test_a_strip_has_the_rows_it_was_asked_for(folders, capsys):
+    one = grid(folders / "runs" / "one.png", 10, 20, 30)
+    other = grid(folders / "runs" / "other.png", 200)
+    pictures.strip("both", [("second", one, 1), ("first of\nthe other", other, 0)])
+    assert centres(folders / "both.png") == [20, 20, 200, 200]
+    pictures.strip("none", [("gone", folders / "gone.png", 0)])
+    assert "gone.png" in capsys.readouterr().out and not (folders / "none.png").exists()
+
+
+def test_progress_is_a_tenth_three_tenths_and_the_end(folders, capsys):
+    for name in "shortcut", "dmd2", "add":
+        folder = folders / "runs" / f"{name}-shapes"
+        for i in range(1, 11):
+            grid(folder / "progress" / f"{100 * i:07d}.png", 20 * i)
+        grid(folder / "progress" / "teacher-0000100.png", 255)
+        (folder / "log.csv").write_text("step,seconds\n" + "".join(
+            f"{100 * i},{60 * i}\n" for i in range(1, 11)))
+    pictures.progress()
+    assert centres(folders / "progress.png") == 3 * [20, 20, 60, 60, 200, 200]
+    for path in folders.glob("runs/add-shapes/progress/*900.png"):
+        path.unlink()
+    pictures.progress()
+    assert "progress: no" in capsys.readouterr().out
