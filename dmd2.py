@@ -18,7 +18,7 @@ Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
 two beginning as the teacher. (80 is --start-sigma.)
 
-    python dmd2.py --steps 1                          # coloured shapes, on a CPU: 20 minutes
+    python dmd2.py --steps 1                          # coloured shapes, on a CPU: 25 minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
@@ -26,7 +26,8 @@ Departs from the paper in:
   * everything is small, trained from scratch, teacher included, with fast learning rates: the
     teacher's and the pairs' decay to zero, the generator's to a tenth, the fake score's stays.
     Generator and discriminator circle, the weights' mean is the centre, and where the fake score's
-    rate falls too, the circle slows down and leaves it (0.037 on `shapes` against 0.026). Adam's
+    rate falls too, the circle slows down and leaves it (`shapes`, 2500 updates: FD-random 0.037
+    against 0.026). Adam's
     betas are 0 (teacher and pairs: 0.9) and 0.99, gradients are clipped;
   * on `shapes`, where a training is minutes, the teacher's ln sigma is N(0, 1.8^2): N(-1.2, 1.2^2)
     is hardly ever where shapes are decided. The generator is called at sigma 10, where the teacher
@@ -48,9 +49,12 @@ Departs from the paper in:
     where the preset says so; official: never;
   * elsewhere the head sits on the encoder's last features, as in the official code (paper: middle
     block);
-  * the multi-step generator (in the paper of SDXL) is of the same kind. Its calls are at SDXL's
-    levels in units of the data's deviation, 2.0, 0.81 and 0.35 after the first: at the same indices
-    of EDM's table, 2.5, 0.17 in the end, little is left to draw in the last;
+  * the multi-step generator (in the paper of SDXL) is in pixels, too. Its calls after the first are
+    at SDXL's levels in units of the data's deviation, 2.0, 0.81 and 0.35: EDM's table has as little
+    as 0.17 at the index of the last, where nothing is left to draw. Fake score and discriminator are
+    told which call an image is of (--tell-call; in the official code they see those of all calls as
+    one): else they are content when all calls together have the data's colours, and each call paints
+    one ground of its own;
   * the regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
@@ -139,6 +143,8 @@ def method_options(add):
         "of --steps]")
     add("--backward-simulation", action=argparse.BooleanOptionalAction, default=True,
         help="train later steps on the generator's own images; if not, on noised real ones")
+    add("--tell-call", action=argparse.BooleanOptionalAction, default=True,
+        help="tell the fake score, and so the discriminator, which call an image is of")
     add("--start-sigma", type=float, help="noise level of the generator's first call")
     add("--fake-updates", type=int, help="fake-score updates to one of the generator")
     add("--fake-lr", type=float, help="the fake score's peak learning rate")
@@ -206,7 +212,7 @@ def check_method(args):
     low = SIGMA_MIN if args.train_steps == 1 else 0.1       # room for the other calls' levels
     if not low < args.start_sigma <= SIGMA_MAX:
         raise UserError(f"--start-sigma {args.start_sigma}: expected at most {SIGMA_MAX}, and more "
-                        f"than {low}")
+                        f"than {low}" + " with several calls" * (args.train_steps > 1))
     if not (-10 < args.p_mean < 10 and 0 < args.p_std < 10):
         raise UserError(f"--p-mean {args.p_mean} --p-std {args.p_std}: expected logarithms, the "
                         "second above 0")
@@ -260,7 +266,7 @@ def parse_args(argv=None):
     add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
         "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
-    add("--iters", type=int, help="length of the training")
+    add("--iters", type=int, help="length of the training, of its last phase")
     add("--batch", type=int, help="images per update, of all processes together")
     add("--accumulate", type=int, default=1, help="micro-batches to an update, to save memory")
     add("--checkpoint-activations", action="store_true", default=False,
@@ -273,7 +279,8 @@ def parse_args(argv=None):
         help="auto: bf16 where the hardware is fast at it")
     add("--compile", action="store_true", default=False, help="torch.compile the networks")
     add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
-    add("--score-every", type=int, default=0, help="score also every so many updates; 0: never")
+    add("--score-every", type=int, default=0,
+        help="score also every so many updates of the last phase; 0: never")
     add("--labels", help="classes to draw, a comma list of names or numbers")
     add("--features", choices=["auto", "inception", "random"],
         help="what to score with; auto: inception where its weights can be had")
@@ -456,7 +463,11 @@ def taus(steps, start=SIGMA_MAX):
 
 class EDM(nn.Module):
     """D(x, sigma, y) = c_skip x + c_out F(c_in x, c_noise, y): the image expected behind
-    x = x0 + sigma eps (EDM Eq. 7). `encode` and `decode` are its two halves."""
+    x = x0 + sigma eps (EDM Eq. 7). `encode` and `decode` are its two halves.
+
+    first: where its labels begin. The fake score has a set of them for each call of the generator.
+    """
+    first = 0
 
     def __init__(self, net):
         super().__init__()
@@ -464,13 +475,13 @@ class EDM(nn.Module):
 
     def encode(self, x, sigma, y):
         c_in = (sigma ** 2 + SIGMA_DATA ** 2).rsqrt()
-        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)
+        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y + self.first)
 
     def decode(self, features, x, sigma, y):
         variance = sigma ** 2 + SIGMA_DATA ** 2
         c_skip, c_out = SIGMA_DATA ** 2 / variance, sigma * SIGMA_DATA * variance.rsqrt()
         return (expand(c_skip) * x
-                + expand(c_out) * self.net.decode(features, sigma.log() / 4, y=y))
+                + expand(c_out) * self.net.decode(features, sigma.log() / 4, y=y + self.first))
 
     def forward(self, x, sigma, y):
         return self.decode(self.encode(x, sigma, y), x, sigma, y)
@@ -707,7 +718,7 @@ class Run:
                             ) from None
 
     def begin(self, what, end):
-        """Before the first step of a process: record it, and cut the log back to the checkpoint."""
+        """Before the first step of a process: record it, and cut log and scores back to it."""
         try:
             git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                                  text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
@@ -721,7 +732,10 @@ class Run:
         about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
                      python=platform.python_version(), torch=torch.__version__)
         self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
-        self.rows = [row for row in self.read_csv("log.csv") if int(row["step"]) <= self.step]
+        self.rows, scores = ([row for row in self.read_csv(name) if int(row["step"]) <= self.step]
+                             for name in ("log.csv", "scores.csv"))
+        if scores or (self.folder / "scores.csv").exists():
+            self.write_csv("scores.csv", scores)
         self.seconds = float(self.rows[-1].get("seconds") or 0) if self.rows else 0.0
         print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
               f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
@@ -994,11 +1008,12 @@ def main(argv=None):
         pixels = pixels.to(device)
 
     torch.manual_seed(args.seed)
+    sets = args.train_steps if args.tell_call else 1        # of labels, that the fake score knows
     teacher, generator, fake_score = (
-        EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, null_class,
+        EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, last,
                  dropout=args.dropout, checkpoint=args.checkpoint_activations))
         .to(device, memory_format=torch.channels_last)
-        for _ in range(3))
+        for last in (null_class, null_class, sets * (null_class + 1) - 1))
     disc = Discriminator([args.channels * m for m in args.mult],
                          args.resolution >> len(args.mult) - 1, args.disc_maps)
     disc.to(device, memory_format=torch.channels_last)
@@ -1073,8 +1088,10 @@ def main(argv=None):
             x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 18)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
     if run.step == taught:                                  # generator and fake score begin as it
-        for net in (generator, fake_score):
-            net.load_state_dict(teacher_ema.module.state_dict())
+        state = teacher_ema.module.state_dict()
+        generator.load_state_dict(state)
+        fake_score.load_state_dict(state | {name: state[name].repeat(sets, 1) for name in (
+            "net.embed_label.weight", "net.label_map.weight")})
 
     table, tau = karras(LEVELS).float().to(device), taus(args.train_steps, args.start_sigma)
     if trained and (args.regression or run.step < begin):
@@ -1112,6 +1129,7 @@ def main(argv=None):
             real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
             k = int(torch.randint(args.train_steps, ()))    # one call for the whole batch
+            fake_score.first = k % sets * (null_class + 1)
             simulate = args.backward_simulation or k == 0
             z = [noise() for _ in range(k + 1 if simulate else 1)]
             if i == 0:
@@ -1178,6 +1196,7 @@ def main(argv=None):
         done = step + 1 - begin
         run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
         if done % max(1, args.iters // 10) == 0:
+            fake_score.first = (sets - 1) * (null_class + 1)    # drawn are images of the last call
             with autocast:
                 draw(run, generator, real_score, fake_score, scorer.classes, tau,
                      f"progress/{step + 1:07d}.png")
@@ -1206,7 +1225,8 @@ if __name__ == "__main__":
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError):
-        print(f"{METHOD}.py: out of memory; give a smaller batch or --channels, another --out",
+        print(f"{METHOD}.py: out of memory; give --accumulate or --checkpoint-activations, or "
+              "fewer --channels and another --out",
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:                               # before there is anything to keep

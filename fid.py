@@ -777,7 +777,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     tr (sigma1 sigma2)^1/2 is the sum of the square roots of the eigenvalues of r^T sigma2 r, for
     any r with r r^T = sigma1: real and non-negative. r is the Cholesky factor; where sigma1 is
-    singular and has none, the one with pivoting, which there is for covariances of any rank.
+    singular and has none, the one with pivoting, which there is for covariances of any rank. (One
+    that is singular and passes by rounding is as good, to a relative 1e-8.)
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).detach().cpu().double().numpy()
                                 for a in (mu1, sigma1, mu2, sigma2))

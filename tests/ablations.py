@@ -1,11 +1,12 @@
-"""The papers' ablations on `shapes`: rows of one table differ in the options shown, start from one
-teacher and have equal updates. By hand:
+"""The papers' ablations on `shapes`: rows of one table differ in the options shown and have equal
+updates; those of dmd2.py and add.py start from one teacher. By hand:
 
     python tests/ablations.py                     # every table: three hours on two cores
     python tests/ablations.py add-losses --seeds 0,1
     python tests/ablations.py --list              # the commands, to run some of them by yourself
 
-A row is a run of its own in runs/ablations: what is finished is kept, what was stopped goes on.
+A row is a run of its own in runs/ablations: what is finished is only scored again, what was stopped
+goes on.
 """
 import argparse
 import concurrent.futures
@@ -42,7 +43,7 @@ TABLES = {
         ("GAN", f"{ONE} --dm-weight 0", "2.56"),
         ("GAN, two time-scales", f"{TWO} --dm-weight 0", "2.52"),
     ]),
-    "dmd2-equal-rates": ("dmd2", f"{DMD2} --fake-lr 3e-4", [   # Figure 8: one is unstable
+    "dmd2-equal-rates": ("dmd2", f"{DMD2} --fake-lr 3e-4", [   # appendix C: one is unstable
         ("1 update of the fake score", ONE, ""),
         ("5", TWO, ""),
     ]),
@@ -127,7 +128,7 @@ def main(argv=None, small=()):
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(TABLES)}")
     tables, seeds = args.tables or [*TABLES], [int(s) for s in args.seeds.split(",")]
-    jobs = {}                                               # by run folder: a row of two tables is one
+    jobs = {}                                               # by folder: a row of two tables is one
     for table in tables:
         for _, options, _ in TABLES[table][2]:
             for seed in seeds:
@@ -136,27 +137,33 @@ def main(argv=None, small=()):
     if args.list:
         print(*(shlex.join(command) for command in jobs.values()), sep="\n")
         return
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     for method in sorted({TABLES[table][0] for table in tables} - {"shortcut"}):
         if not pathlib.Path(f"runs/{method}-shapes/scores.csv").exists():   # the default run
             print(f"runs/{method}-shapes: trained first, for its teacher", flush=True)
             subprocess.run([sys.executable, ROOT / f"{method}.py", *small], check=True)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max(1, args.jobs)) as pool:
         futures = {out: pool.submit(run_row, command, out, threads)
                    for out, command in jobs.items()}
         for table in tables:
             method, common, rows = TABLES[table]
             print(f"\n{table}: {method}.py {common}, {'seed' if len(seeds) == 1 else 'seeds'} "
                   f"{args.seeds}; FD-random at each number of calls", flush=True)
-            for i, (name, options, published) in enumerate(rows):
-                results = [futures[row_command(table, options, seed)[1]].result()
-                           for seed in seeds]
+            header = False
+            for name, options, published in rows:
+                try:
+                    results = [futures[row_command(table, options, seed)[1]].result()
+                               for seed in seeds]
+                except KeyboardInterrupt:                   # the rows under way stop by themselves
+                    pool.shutdown(cancel_futures=True)
+                    raise
                 wrong = [r for r in results if isinstance(r, str)]
                 if wrong:
                     print(f"| {name} | failed: {wrong[0]} |", flush=True)
                     continue
                 calls = sorted(results[0])
-                if i == 0:
+                if not header:
+                    header = True
                     print("| | " + " | ".join(map(str, calls)) + " | paper |")
                     print("|---" * (len(calls) + 2) + "|")
                 cells = [" / ".join(f"{r[n]:.3g}" for r in results) for n in calls]
@@ -164,4 +171,7 @@ def main(argv=None, small=()):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

@@ -1,10 +1,12 @@
-"""The README's pictures, from the runs that its commands leave. By hand:
+"""The README's pictures and more, into assets/, from the folders of the default runs of the three
+scripts, sampled in all their steps, and of tests/ablations.py. By hand:
 
-    python tests/pictures.py                      # what it can; says which runs are missing
+    python tests/pictures.py                      # what it can; says which pictures are missing
 """
 import csv
 import pathlib
 import sys
+import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -35,22 +37,22 @@ def strip(name, rows, columns=10):
 
 
 def few_calls():
+    """One noise in one call and in more; dmd2.py's and add.py's teachers beside them."""
     shortcut, dmd2, add = (RUNS / f"{name}-shapes" for name in ("shortcut", "dmd2", "add"))
-    four = ablations.row_command("dmd2-steps", "", 0)[1]
-    strip("few-calls", [
+    strip("shortcut-shapes", [(f"{n}", shortcut / f"samples-{n}step.png", 0)
+                              for n in (1, 2, 4, 128)])
+    strip("few-calls-shapes", [
         ("DMD2's teacher, 35", dmd2 / "teacher-18step.png", 0),
         ("DMD2, 1", dmd2 / "samples-1step.png", 0),
-        ("of four: 2", four / "samples-2step.png", 0),
-        ("4", four / "samples-4step.png", 0),
         ("ADD's teacher, 32", add / "teacher-32step.png", 0),
-        *((f"ADD, {n}" if n == 1 else f"{n}", add / f"samples-{n}step.png", 0) for n in (1, 2, 4)),
-        *((f"Shortcut, {n}" if n == 1 else f"{n}", shortcut / f"samples-{n}step.png", 0)
-          for n in (1, 2, 4, 128))])
+        *((f"ADD, {n}" if n == 1 else f"{n}", add / f"samples-{n}step.png", 0)
+          for n in (1, 2, 4))])
 
 
 def progress():
     """One call of each method on the way, at a tenth, three tenths and the end of its updates, and
-    the minutes of training until then, a teacher's included."""
+    the minutes of training until then, a teacher's included. (dmd2.py draws its weights as they
+    are, without their mean.)"""
     rows = []
     for name in "shortcut", "dmd2", "add":
         folder = RUNS / f"{name}-shapes"
@@ -59,17 +61,19 @@ def progress():
             rows.append((name, folder / "progress" / "*.png", 0))   # missing: strip() says so
             continue
         with open(folder / "log.csv") as log:
-            seconds = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(log)}
-        rows += [(f"{name}.py,\n{seconds[int(grid.stem)] / 60:.1f} minutes", grid, 0)
-                 for grid in (grids[0], grids[2], grids[-1])]
+            times = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(log)]
+        for grid in grids[0], grids[2], grids[9]:
+            seconds = max(s for step, s in times if step <= int(grid.stem))
+            rows.append((f"{name}.py,\n{seconds / 60:.1f} minutes", grid, 0))
     strip("progress", rows)
 
 
 def tables():
-    """The rows of the ablations, in one call."""
+    """The rows of the ablations, in one call (in four, where it is about them)."""
     for table, (_, _, rows) in ablations.TABLES.items():
-        strip(table, [(name.replace(", ", ",\n"),
-                       ablations.row_command(table, options, 0)[1] / "samples-1step.png", 0)
+        n = 4 if table == "dmd2-steps" else 1
+        strip(table, [(textwrap.fill(name, 20),
+                       ablations.row_command(table, options, 0)[1] / f"samples-{n}step.png", 0)
                       for name, options, _ in rows])
 
 

@@ -61,6 +61,12 @@ def test_calls_are_at_the_levels_of_sdxl():
     assert sigmas[-1] == approx(14.6146, rel=1e-5)
     assert taus(4) == approx([80, *(0.5 * sigmas[i] for i in (749, 499, 249))], rel=1e-9)
     assert taus(4, 10.) == [10., *taus(4)[1:]]
+    for start in 0.11, 1., 10., 80.:
+        for steps in range(1, 17):
+            levels = taus(steps, start)
+            assert levels[0] == start and levels == sorted({*levels}, reverse=True)
+            assert all(taus(n, start) == levels[::steps // n] for n in range(1, steps + 1)
+                       if steps % n == 0 and start > 7.4)
     low = taus(4, 1.)                                       # what begins lower goes down from there
     n = sum(0.5 * sigma < 1 for sigma in sigmas)
     assert low == approx([1, *(0.5 * sigmas[n - 1 - k * n // 4] for k in (1, 2, 3))], rel=1e-9)
@@ -473,7 +479,7 @@ def test_the_default_folder_says_how_many_calls(small):
     ("--fake-levels 0.5,0.5", "--fake-levels 0.5,0.5: expected two shares of the table, ascending"),
     ("--start-sigma 81", "--start-sigma 81.0: expected at most 80.0"),
     ("--start-sigma nan", "--start-sigma nan: expected at most 80.0"),
-    ("--train-steps 4 --start-sigma 0.05", "expected at most 80.0, and more than 0.1"),
+    ("--train-steps 4 --start-sigma 0.05", "and more than 0.1 with several calls"),
     ("--p-std 0", "--p-std 0.0: expected logarithms"),
     ("--regression nan", "--regression nan: expected at least 0"),
     ("--dm-weight 0 --gan-weight 0", "nothing is left for the generator to learn from"),
@@ -567,6 +573,35 @@ def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path, 
     pairs = [(a[1], b[1]) for a, b in zip(events, events[1:]) if a[0] == "simulated"]
     assert len(pairs) == 80 and {k for k, _ in pairs} == {0, 1, 2, 3}
     assert all(sigma == approx(taus(4, start)[k], rel=1e-5) for k, sigma in pairs)
+
+
+@pytest.mark.parametrize("more, told", [([], True), (["--no-tell-call"], False),
+                                        (["--no-backward-simulation"], True)])
+def test_the_fake_score_is_told_the_call(small, monkeypatch, tmp_path, more, told):
+    """It has labels of its own for each of the generator's four calls, which begin as the
+    teacher's; its losses and the generator's of a call see those of this call."""
+    calls, seen = [], []
+    monkeypatch.setattr(dmd2.EDM, "forward", lambda self, x, sigma, y, real=EDM.forward: (
+        calls.append(float(sigma[0])), real(self, x, sigma, y))[1])
+    for name in "generator_losses", "fake_score_losses":
+        def losses(*args, real=getattr(dmd2, name), at=name == "generator_losses"):
+            fake_score, (x, sigma, eps, y) = args[at], args[3:7] if at else args[2:6]
+            level = [c for c in calls if any(c == approx(t) for t in taus(4))][-1]  # just drawn at
+            seen.append((taus(4).index(approx(level)), fake_score.first // 11))
+            if len(seen) == 1 and at:
+                state = args[0].__closure__                                     # of the teacher
+                teacher = next(c.cell_contents for c in state
+                               if isinstance(c.cell_contents, torch.nn.Module))
+                for first in range(0, 44 if told else 11, 11):
+                    fake_score.first, was = first, fake_score.first
+                    assert_close(fake_score(x, sigma, y), teacher(x, sigma, y))
+                    fake_score.first = was
+            return real(*args)
+        monkeypatch.setattr(dmd2, name, losses)
+    dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "12", "--train-steps", "4",
+               "--start-sigma", "80", *more])
+    assert {k for k, _ in seen} == {0, 1, 2, 3}
+    assert all(first == (k if told else 0) for k, first in seen)
 
 
 @pytest.mark.parametrize("slot", [0, 1])
