@@ -22,7 +22,7 @@ def strip(name, rows, columns=10):
     all of the same noise. A grid is a file of save_grid's."""
     missing = [str(grid) for _, grid, _ in rows if not grid.exists()]
     if missing:
-        print(f"{name}: no {', '.join(missing)}")
+        print(f"{name}: no {missing[0]}" + f", nor {len(missing) - 1} more" * (len(missing) > 1))
         return
     picture = Image.new("RGB", (MARGIN + columns * CELL + 4, len(rows) * CELL + 4), (40, 40, 40))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
@@ -47,6 +47,10 @@ def few_calls():
         ("ADD's teacher, 32", add / "teacher-32step.png", 0),
         *((f"ADD, {n}" if n == 1 else f"{n}", add / f"samples-{n}step.png", 0)
           for n in (1, 2, 4))])
+    cifar = RUNS / "dmd2-cifar10"
+    strip("dmd2-cifar10", [(f"{who}, {calls}", cifar / grid, row) for row in (0, 1)
+                           for who, calls, grid in (("teacher", 35, "teacher-18step.png"),
+                                                    ("DMD2", 1, "samples-1step.png"))])
 
 
 def progress():
