@@ -468,3 +468,12 @@ def test_the_time_of_scores_is_not_that_of_training(tmp_path, monkeypatch):
     run("shortcut", tmp_path, "--iters", 5, "--samples", 40, "--steps", 1, "--score-every", 2)
     seconds = [float(row["seconds"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
     assert len(seconds) == 1 and 0 < seconds[0] < 4         # two of them came within it
+
+
+def test_a_training_begun_anew_leaves_no_old_scores(tmp_path):
+    for _ in range(2):
+        run("shortcut", tmp_path, "--iters", 5, "--samples", 40, "--steps", 1, "--score-every", 2)
+        steps = [int(r["step"]) for r in csv.DictReader((tmp_path / "scores.csv").open())]
+        assert steps == [2, 4, 5]
+        for path in tmp_path.glob("checkpoint*.pt"):
+            path.unlink()
