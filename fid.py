@@ -780,18 +780,20 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     singular and has none, the one with pivoting, which there is for covariances of any rank. (One
     that is singular and passes by rounding is as good, to a relative 1e-8.)
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).detach().cpu().double().numpy()
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).detach().cpu().double()
                                 for a in (mu1, sigma1, mu2, sigma2))
-    squares = float(((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace())
-    # They are symmetric: .T costs nothing, and is the order of memory that LAPACK wants.
-    (root, singular), rank = scipy.linalg.lapack.dpotrf(sigma1.T, lower=1), len(mu1)
+    squares = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
+    root, singular = torch.linalg.cholesky_ex(sigma1)
     if singular:
-        root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1.T, lower=1)
-        sigma2 = sigma2[np.ix_(order - 1, order - 1)]                   # LAPACK counts from 1
-    product, _ = scipy.linalg.lapack.dsygst(sigma2.T, root, itype=2, lower=1)   # root^T . root
-    product = torch.from_numpy(product[:rank or 1, :rank or 1])
+        root, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1.numpy().T, lower=1)
+        root, order = torch.from_numpy(root).tril()[:, :rank], torch.from_numpy(order).long() - 1
+        sigma2 = sigma2[order][:, order]
+    product = sigma2.new_zeros(root.shape[1], root.shape[1])
+    for i in range(0, len(product), 256):       # its lower half, without r's zeros: a third the work
+        part = root[i:, i:]
+        product[i:, i:i + 256] = part.T @ (sigma2[i:, i:] @ part[:, :256])
     values = torch.linalg.eigvalsh(product, UPLO="L").clamp(min=0)
-    return squares - 2 * values.sqrt().sum().item()
+    return float(squares - 2 * values.sqrt().sum())
 
 
 def distance(a, b):
