@@ -939,10 +939,12 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         if not args.samples:
             continue
         value, speed = scorer(pixels[:args.samples]), count / spent
-        print(fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
-                           scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
+        step = run.step + run.training                      # of the updates done
+        print(f"step {step}: " * run.training
+              + fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
+                             scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
               flush=True)
-        row = dict(step=run.step + run.training, metric=scorer.net.label, value=value,
+        row = dict(step=step, metric=scorer.net.label, value=value,
                    samples=args.samples, reference=scorer.reference.n, data=scorer.name,
                    nfe=nfe(n), who=who, img_per_s=speed)
         run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
@@ -1194,8 +1196,8 @@ def main(argv=None):
                     **moments(leaf.detach()))
         grad_norm = mean_and_clip(student.parameters())
         opt_student.step()
-        opt_student.zero_grad()
         schedule_student.step()
+        opt_student.zero_grad()
         student_ema.update_parameters(student)
         run.add(grad_norm=grad_norm)
         done = step + 1 - begin

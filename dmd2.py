@@ -18,7 +18,7 @@ Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
 two beginning as the teacher. (80 is --start-sigma.)
 
-    python dmd2.py --steps 1                          # coloured shapes, on a CPU: 25 minutes
+    python dmd2.py --steps 1                          # coloured shapes, on a CPU: 17 minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
@@ -51,10 +51,10 @@ Departs from the paper in:
     block);
   * the multi-step generator (in the paper of SDXL) is in pixels, too. Its calls after the first are
     at SDXL's levels in units of the data's deviation, 2.0, 0.81 and 0.35: EDM's table has as little
-    as 0.17 at the index of the last, where nothing is left to draw. Fake score and discriminator are
-    told which call an image is of (--tell-call; in the official code they see those of all calls as
-    one): else they are content when all calls together have the data's colours, and each call paints
-    one ground of its own;
+    as 0.17 at the index of the last, where nothing is left to draw. Each call has its share of the
+    images of every update (official: an update is of one call). Fake score and discriminator are
+    told which call an image is of (--tell-call; official: they see those of all calls as one): else
+    they are content when all together have the data's colours, and each call paints one ground;
   * the regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
@@ -463,11 +463,7 @@ def taus(steps, start=SIGMA_MAX):
 
 class EDM(nn.Module):
     """D(x, sigma, y) = c_skip x + c_out F(c_in x, c_noise, y): the image expected behind
-    x = x0 + sigma eps (EDM Eq. 7). `encode` and `decode` are its two halves.
-
-    first: where its labels begin. The fake score has a set of them for each call of the generator.
-    """
-    first = 0
+    x = x0 + sigma eps (EDM Eq. 7). `encode` and `decode` are its two halves."""
 
     def __init__(self, net):
         super().__init__()
@@ -475,13 +471,12 @@ class EDM(nn.Module):
 
     def encode(self, x, sigma, y):
         c_in = (sigma ** 2 + SIGMA_DATA ** 2).rsqrt()
-        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y + self.first)
+        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)
 
     def decode(self, features, x, sigma, y):
         variance = sigma ** 2 + SIGMA_DATA ** 2
         c_skip, c_out = SIGMA_DATA ** 2 / variance, sigma * SIGMA_DATA * variance.rsqrt()
-        return (expand(c_skip) * x
-                + expand(c_out) * self.net.decode(features, sigma.log() / 4, y=y + self.first))
+        return expand(c_skip) * x + expand(c_out) * self.net.decode(features, sigma.log() / 4, y=y)
 
     def forward(self, x, sigma, y):
         return self.decode(self.encode(x, sigma, y), x, sigma, y)
@@ -587,19 +582,22 @@ def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
 def step_input(G, noise, y, taus, k):
     """What the generator's call number k (from 0) sees: its own image of call k - 1, noised afresh.
 
-    noise: callable -> fresh unit noise [B, 3, R, R]. In training this is backward simulation
-    (section 4.5); the sampler is the same lines.
+    noise: callable -> fresh unit noise [B, 3, R, R]. k [B] int64, on the CPU: images may be at
+    different calls. In training this is backward simulation (section 4.5); the sampler is the same
+    lines.
     """
     x = taus[0] * noise()
-    for i in range(k):
-        x = G(x, torch.full(y.shape, taus[i], device=x.device), y) + taus[i + 1] * noise()
+    for i in range(int(k.max())):
+        rows = (k > i).nonzero()[:, 0].to(x.device)         # there is another call to come
+        sigma = torch.full(rows.shape, taus[i], device=x.device)
+        x[rows] = G(x[rows], sigma, y[rows]) + taus[i + 1] * noise()[rows]
     return x
 
 
 @torch.no_grad()
 def sample(G, noise, y, taus):
     """Images of labels y [B], in len(taus) calls of the generator."""
-    x = step_input(G, noise, y, taus, len(taus) - 1)
+    x = step_input(G, noise, y, taus, torch.full(y.shape, len(taus) - 1, device="cpu"))
     return G(x, torch.full(y.shape, taus[-1], device=x.device), y)
 
 
@@ -915,10 +913,12 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         if not args.samples:
             continue
         value, speed = scorer(pixels[:args.samples]), count / spent
-        print(fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
-                           scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
+        step = run.step + run.training                      # of the updates done
+        print(f"step {step}: " * run.training
+              + fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
+                             scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
               flush=True)
-        row = dict(step=run.step + run.training, metric=scorer.net.label, value=value,
+        row = dict(step=step, metric=scorer.net.label, value=value,
                    samples=args.samples, reference=scorer.reference.n, data=scorer.name,
                    nfe=nfe(n), who=who, img_per_s=speed)
         run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
@@ -1052,7 +1052,11 @@ def main(argv=None):
             net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
 
     def real_score(x, sigma, y):
-        return guided(teacher_ema, x, sigma, y, args.cfg, null_class)
+        return guided(teacher_ema, x, sigma, y % (null_class + 1), args.cfg, null_class)
+
+    def told(y, k):
+        """The fake score's labels: it has a set of them for each call of the generator."""
+        return y + k % sets * (null_class + 1)
 
     def teach(noise, y, steps, start=SIGMA_MAX):
         with autocast:
@@ -1128,10 +1132,11 @@ def main(argv=None):
         for i in range(args.fake_updates):
             real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
-            k = int(torch.randint(args.train_steps, ()))    # one call for the whole batch
-            fake_score.first = k % sets * (null_class + 1)
-            simulate = args.backward_simulation or k == 0
-            z = [noise() for _ in range(k + 1 if simulate else 1)]
+            # Each call has its share of the images. On the CPU, so that none waits for it.
+            k = torch.arange(len(y)) * args.train_steps // len(y)
+            k = (k + torch.randint(args.train_steps, ())) % args.train_steps
+            y_fake, sigma_G = told(y, k.to(device)), torch.tensor(tau)[k].to(device)
+            z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
             if i == 0:
                 sigma, eps = levels(args.dm_levels, len(y)), noise()
                 if args.regression:
@@ -1141,19 +1146,22 @@ def main(argv=None):
             eps_fake = torch.randn_like(torch.stack([real, real]))
             generated = []
             for rows in slices(args):
-                draws, label = iter(z), y[rows]
+                draws = iter(z)
                 with torch.no_grad(), autocast:
-                    x = (step_input(generator, lambda: next(draws)[rows], label, tau, k)
-                         if simulate else real[rows] + tau[k] * z[0][rows])
+                    if args.backward_simulation:
+                        x = step_input(generator, lambda: next(draws)[rows], y[rows], tau, k[rows])
+                    else:                                   # but the first call sees noise alone
+                        seen = expand(k[rows] > 0).to(device) * real[rows]
+                        x = seen + expand(sigma_G[rows]) * z[0][rows]
                 with torch.set_grad_enabled(i == 0), autocast:
-                    x0 = generator(x, torch.full(label.shape, tau[k], device=device), label)
+                    x0 = generator(x, sigma_G[rows], y[rows])
                 generated.append(x0.detach())
                 if i:                                       # the generator's update is the first's
                     continue
                 leaf = x0.detach().requires_grad_()
                 with autocast:
                     loss_dm, loss_gan = generator_losses(
-                        real_score, fake_score, disc, leaf, sigma[rows], eps[rows], label,
+                        real_score, fake_score, disc, leaf, sigma[rows], eps[rows], y_fake[rows],
                         args.dm_weight > 0, args.gan_weight > 0)
                 # Both at the image, to be weighed and watched there, then one pass through G.
                 grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
@@ -1181,11 +1189,12 @@ def main(argv=None):
                 with autocast:
                     if args.gan_weight:
                         loss_fake, loss_disc = fake_score_losses(
-                            fake_score, disc, x0, real[rows], *part, y[rows].repeat(2))
+                            fake_score, disc, x0, real[rows], *part, y_fake[rows].repeat(2))
                         run.add(loss_gan_d=loss_disc.detach())
                     else:
                         n, loss_disc = len(x0), 0
-                        loss_fake = denoising_loss(fake_score, x0, *(t[:n] for t in part), y[rows])
+                        loss_fake = denoising_loss(fake_score, x0, *(t[:n] for t in part),
+                                                   y_fake[rows])
                 ((loss_fake + args.disc_weight * loss_disc) / args.accumulate).backward()
                 run.add(loss_fake=loss_fake.detach())
             grad_norm = mean_and_clip(fake_params)
@@ -1196,9 +1205,9 @@ def main(argv=None):
         done = step + 1 - begin
         run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
         if done % max(1, args.iters // 10) == 0:
-            fake_score.first = (sets - 1) * (null_class + 1)    # drawn are images of the last call
+            fake_of_last = lambda x, sigma, y: fake_score(x, sigma, told(y, args.train_steps - 1))
             with autocast:
-                draw(run, generator, real_score, fake_score, scorer.classes, tau,
+                draw(run, generator, real_score, fake_of_last, scorer.classes, tau,
                      f"progress/{step + 1:07d}.png")
         if args.score_every and done % args.score_every == 0 and done < args.iters:
             evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema",

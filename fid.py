@@ -789,7 +789,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         root, order = torch.from_numpy(root).tril()[:, :rank], torch.from_numpy(order).long() - 1
         sigma2 = sigma2[order][:, order]
     product = sigma2.new_zeros(root.shape[1], root.shape[1])
-    for i in range(0, len(product), 256):       # its lower half, without r's zeros: a third the work
+    for i in range(0, len(product), 256):       # its lower half, not r's zeros: a third the work
         part = root[i:, i:]
         product[i:, i:i + 256] = part.T @ (sigma2[i:, i:] @ part[:, :256])
     values = torch.linalg.eigvalsh(product, UPLO="L").clamp(min=0)

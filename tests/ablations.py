@@ -5,8 +5,8 @@ updates; those of dmd2.py and add.py start from one teacher. By hand:
     python tests/ablations.py add-losses --seeds 0,1
     python tests/ablations.py --list              # the commands, to run some of them by yourself
 
-A row is a run of its own in runs/ablations: what is finished is only scored again, what was stopped
-goes on.
+A row is a run of its own in runs/ablations: what is finished is only read, what was stopped goes
+on.
 """
 import argparse
 import concurrent.futures
@@ -104,16 +104,24 @@ def row_command(table, options, seed, small=()):
     return [sys.executable, *start, *line, *small], out
 
 
+def scores_of(out):
+    """-> the scores of a run's mean weights so far, by number of calls."""
+    path = out / "scores.csv"
+    rows = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
+    return {int(row["nfe"]): float(row["value"]) for row in rows if row["who"].endswith("ema")}
+
+
 def run_row(command, out, threads):
-    """Train, unless it is done, and -> the scores of its running mean, by number of calls."""
+    """Train and score, unless that is done, and -> the scores; the path of a failed row's log."""
+    if all(int(n) in scores_of(out) for n in command[command.index("--steps") + 1].split(",")):
+        return scores_of(out)
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     out.parent.mkdir(parents=True, exist_ok=True)
     log = out.with_name(out.name + ".log")
     with open(log, "a") as file:
         if subprocess.run(command, stdout=file, stderr=file, env=env).returncode:
             return str(log)                                 # where it says what went wrong
-    rows = csv.DictReader((out / "scores.csv").read_text().splitlines())
-    return {int(row["nfe"]): float(row["value"]) for row in rows if row["who"].endswith("ema")}
+    return scores_of(out)
 
 
 def main(argv=None, small=()):

@@ -45,7 +45,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
         ran.append(command)
         failed = "4" in command[command.index("--teacher-denoise-steps"):][1:2] \
             if "--teacher-denoise-steps" in command else False
-        if "--out" in command:
+        if "--out" in command and not failed:
             out = pathlib.Path(command[command.index("--out") + 1])
             seed, two = (command[command.index(o) + 1] if o in command else 0
                          for o in ("--seed", "--teacher-denoise-steps"))
@@ -62,3 +62,6 @@ def test_the_table(tmp_path, monkeypatch, capsys):
                             "| 1 step | 0.11 / 0.12 | 0.05 / 0.05 | 20.6 |",
                             "| 2 steps | 0.31 / 0.32 | 0.05 / 0.05 | 20.8 |"]
     assert lines[-1].startswith("| 4 steps | failed: runs/ablations/add/") and ".log" in lines[-1]
+    ablations.main(["add-target", "--seeds", "1,2"])
+    assert len(ran) == 7 + 1 + 2                            # again: the teacher's and what failed
+    assert capsys.readouterr().out.splitlines()[-6:] == lines[-6:]
