@@ -132,7 +132,7 @@ def method_options(add):
         "paper's DINOv2 ViT-S/14, by torch.hub, which runs that repository's code")
     add("--feature-noise", type=int, default=250,
         help="with the teacher's encoder: images are noised to a time up to this")
-    add("--disc-lr", type=float, help="the heads' learning rate")
+    add("--disc-lr", type=float, help="the heads' peak learning rate")
     add("--r1", type=float, default=1e-3, help="gamma, weight of R1 on the heads' input features")
     add("--cfg", type=float, default=1.0, help="guidance of the teacher; 1: off")
     add("--label-dropout", type=float, default=0.1, help="share of null labels in the teacher's "
@@ -1017,8 +1017,10 @@ def main(argv=None):
     device, autocast = set_up(args)
     images = fid.load_images(args.data, args.resolution)
     scorer, null_class = Scorer(args, device, images), len(images.classes)
-    if (args.cfg != 1 or args.weighting == "nfsd") and null_class < 2:
-        raise UserError(f"--cfg, --weighting nfsd: {images.name} has no classes to guide to")
+    if args.cfg != 1 and not images.classes:
+        raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
+    if args.weighting == "nfsd" and null_class < 2:
+        raise UserError(f"--weighting nfsd: {images.name} has no other class to guide away from")
     if null_class and not args.nulls and args.adv_weight and args.feature_net == "teacher":
         raise UserError("--label-dropout 0: the heads see through the teacher's encoder with the "
                         "null label, which it must know; give more, or another --feature-net")
@@ -1179,13 +1181,13 @@ def main(argv=None):
                 grad_adv = args.adv_weight * torch.autograd.grad(loss_adv, leaf)[0]
                 run.add(loss_adv=loss_adv.detach())
             if args.distill_weight:
-                noise = t[rows], eps[rows], y[rows]
+                part = t[rows], eps[rows], y[rows]
                 with autocast:
                     if args.weighting == "nfsd":
-                        loss_distill = nfsd_loss(psi, leaf, *noise, other[rows], args.nfsd_scale)
+                        loss_distill = nfsd_loss(psi, leaf, *part, other[rows], args.nfsd_scale)
                     else:
                         c = c_of_t(args.weighting, psi.alpha[t[rows]], psi.sigma[t[rows]])
-                        loss_distill = distillation_loss(psi, leaf, *noise, c,
+                        loss_distill = distillation_loss(psi, leaf, *part, c,
                                                          args.teacher_denoise_steps, args.cfg)
                 grad_distill = args.distill_weight * torch.autograd.grad(loss_distill, leaf)[0]
                 run.add(loss_distill=loss_distill.detach())

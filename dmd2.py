@@ -4,19 +4,20 @@ A diffusion model is the teacher of a generator that needs one call (or a few). 
 images should be distributed as the teacher's; a second diffusion model, the fake score, follows
 them, and where the two denoise an image differently, the image should move:
 
-    dL/dtheta = E[(D_fake(x_t) - D_real(x_t)) / mean|x - D_real(x_t)| dG/dtheta]
+    dL/dtheta = E[(D_fake(x_t) - D_real(x_t)) / mean|x0 - D_real(x_t)| dG/dtheta]
               + w_g d softplus(-l(x_t))/dtheta
-    L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |D_fake(x_t) - x|^2]
+    L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |D_fake(x_t) - x0|^2]
               + w_d (softplus(l(x_t)) + softplus(-l(x_t_real)))
 
-with x = G(z), x_t = x + sigma eps: Eq. 2 (a score is held as its denoiser D, Eq. 1) with DMD's
+with x0 = G(z), x_t = x0 + sigma eps: Eq. 2 (a score is held as its denoiser D, Eq. 1) with DMD's
 normaliser (2311.18828, Eq. 8), and the GAN of Eq. 4, whose logit l is a head on the fake score's
 encoder. (Eq. 4 prints -log D for the second term; the official code and this file have softplus.)
 Five updates of the fake score (--fake-updates) go with each of the generator: two time-scales.
 
 Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
-two beginning as the teacher. (80 is --start-sigma.)
+two beginning as the teacher. (80 is --start-sigma.) A generator of several calls sees in each its
+own image of the call before, noised: backward simulation (section 4.5, `step_input`).
 
     python dmd2.py --steps 1                          # coloured shapes, on a CPU: 17 minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
@@ -36,14 +37,15 @@ Departs from the paper in:
     better for each of its updates, not for each minute. The GAN's gradient at the image is kept
     no larger than that of Eq. 2: with 3 times its norm, a colour was gone after 1000 updates;
   * there, too, the generator first learns 4096 of the teacher's noise-image pairs (the paper's
-    one-step SDXL has such a warm-up, F.4), which gives it all colours in their shares, and the
-    GAN has a head on every map of the encoder and a weight that counts: matching alone draws
-    some colours ever more often (red and yellow: from an eighth to a fifth in 300 updates);
+    one-step SDXL has such a warm-up, F.4), which gives it all colours in their shares (later
+    calls learn to denoise these images), and the GAN has a head on every map of the encoder and a
+    weight that counts: matching alone draws some colours ever more often (red and yellow: from an
+    eighth to a fifth in 300 updates);
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the
     generator's logit sees the range of Eq. 2 (2 to 98 % of the levels), not all of it.
-    Updates of the generator and of the fake score cannot share: the networks change in between;
+    The generator's update and the fake score's first share the images, but no pass;
   * the generator has an EMA, which is what is scored (the raw weights too); official: none;
   * its labels are those of the batch of real images; official: uniform. Real images are mirrored
     where the preset says so; official: never;
@@ -508,6 +510,10 @@ class Discriminator(nn.Module):
         return torch.cat([l.repeat(1, most // l.shape[1]) for l in logits], 1)
 
 
+# ---- losses --------------------------------------------------------------------------------------
+# Networks, "scores" too, are denoisers (x, sigma, y) -> images; x0, real, eps [B, 3, R, R];
+# sigma, y [B].
+
 def guided(D, x, sigma, y, cfg_scale=1.0, null_class=0):
     """The teacher with classifier-free guidance; 1: off."""
     x0 = D(x, sigma, y)
@@ -516,10 +522,6 @@ def guided(D, x, sigma, y, cfg_scale=1.0, null_class=0):
     x0_null = D(x, sigma, torch.full_like(y, null_class))
     return x0_null + cfg_scale * (x0 - x0_null)
 
-
-# ---- losses --------------------------------------------------------------------------------------
-# Networks, "scores" too, are denoisers (x, sigma, y) -> images; x0, real, eps [B, 3, R, R];
-# sigma, y [B].
 
 def weighted_error(denoised, x0, sigma):
     """EDM's weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 is the fake score's in DMD2."""
@@ -580,7 +582,8 @@ def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
 # ---- samplers ------------------------------------------------------------------------------------
 
 def step_input(G, noise, y, taus, k):
-    """What the generator's call number k (from 0) sees: its own image of call k - 1, noised afresh.
+    """What the generator's call number k sees: its own image of call k - 1, noised afresh; call 0,
+    noise.
 
     noise: callable -> fresh unit noise [B, 3, R, R]. k [B] int64, on the CPU: images may be at
     different calls. In training this is backward simulation (section 4.5); the sampler is the same
@@ -1052,10 +1055,12 @@ def main(argv=None):
             net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
 
     def real_score(x, sigma, y):
-        return guided(teacher_ema, x, sigma, y % (null_class + 1), args.cfg, null_class)
+        y = y % (null_class + 1)                            # the class alone, if `told` the call
+        return guided(teacher_ema, x, sigma, y, args.cfg, null_class)
 
     def told(y, k):
-        """The fake score's labels: it has a set of them for each call of the generator."""
+        """The fake score's labels: it has a set of them for each call of the generator. (Those of a
+        real image say the call of the generated one that it is compared with.)"""
         return y + k % sets * (null_class + 1)
 
     def teach(noise, y, steps, start=SIGMA_MAX):
@@ -1102,18 +1107,34 @@ def main(argv=None):
         pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, tau[0]), null_class,
                               run.step == taught)
 
-    def regression_loss(i):
-        """DMD's: the generator's images of the noises of these pairs against the teacher's."""
+    def calls(n):
+        """-> which call of the generator each of n images is for [n]: equal shares, in turn from a
+        random one. On the CPU, so that none waits for it."""
+        k = torch.arange(n) * args.train_steps // n + torch.randint(args.train_steps, ())
+        return k % args.train_steps
+
+    def sigma_of(k):
+        return torch.tensor(tau)[k].to(device)
+
+    def noised(x0, k, eps):
+        """What the generator's calls k see of images that are given; the first, noise alone."""
+        return expand(k > 0).to(device) * x0 + expand(sigma_of(k)) * eps
+
+    def regression_loss(i, k, eps):
+        """DMD's: the generator's images of these pairs' noises against the teacher's. Later calls
+        get the teacher's images, noised by eps."""
         z, y, x0 = (t[i] for t in pairs)
+        eps = torch.where(expand(k > 0).to(device), eps, z)
         with autocast:
-            x0_hat = generator(tau[0] * z, torch.full(y.shape, tau[0], device=device), y)
+            x0_hat = generator(noised(x0, k, eps), sigma_of(k), y)
         return (x0_hat - x0).square().mean()
 
     # Phase 2: a short regression, so that the generator begins where the teacher's sampler ends.
     for step in run.steps(begin, "pairs", args.batch):
-        i = torch.randint(args.pairs, (args.batch,), device=device)
+        i, k = torch.randint(args.pairs, (args.batch,), device=device), calls(args.batch)
+        eps = torch.randn_like(pairs[0][i])
         for rows in slices(args):
-            loss = regression_loss(i[rows])
+            loss = regression_loss(i[rows], k[rows], eps[rows])
             (loss / args.accumulate).backward()
             run.add(loss_regression=loss.detach())
         grad_norm = mean_and_clip(generator.parameters())
@@ -1132,15 +1153,13 @@ def main(argv=None):
         for i in range(args.fake_updates):
             real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
-            # Each call has its share of the images. On the CPU, so that none waits for it.
-            k = torch.arange(len(y)) * args.train_steps // len(y)
-            k = (k + torch.randint(args.train_steps, ())) % args.train_steps
-            y_fake, sigma_G = told(y, k.to(device)), torch.tensor(tau)[k].to(device)
+            k = calls(len(y))
+            y_fake = told(y, k.to(device))
             z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
             if i == 0:
                 sigma, eps = levels(args.dm_levels, len(y)), noise()
                 if args.regression:
-                    j = torch.randint(args.pairs, y.shape, device=device)
+                    j, eps_pair = torch.randint(args.pairs, y.shape, device=device), noise()
             # Of the generated, then of the real images.
             sigma_fake = levels(args.fake_levels, 2 * len(y)).view(2, -1)
             eps_fake = torch.randn_like(torch.stack([real, real]))
@@ -1150,11 +1169,10 @@ def main(argv=None):
                 with torch.no_grad(), autocast:
                     if args.backward_simulation:
                         x = step_input(generator, lambda: next(draws)[rows], y[rows], tau, k[rows])
-                    else:                                   # but the first call sees noise alone
-                        seen = expand(k[rows] > 0).to(device) * real[rows]
-                        x = seen + expand(sigma_G[rows]) * z[0][rows]
+                    else:
+                        x = noised(real[rows], k[rows], z[0][rows])
                 with torch.set_grad_enabled(i == 0), autocast:
-                    x0 = generator(x, sigma_G[rows], y[rows])
+                    x0 = generator(x, sigma_of(k[rows]), y[rows])
                 generated.append(x0.detach())
                 if i:                                       # the generator's update is the first's
                     continue
@@ -1171,10 +1189,10 @@ def main(argv=None):
                     grad_gan = torch.where(bound < 1, bound * grad_gan, grad_gan)
                 x0.backward((grad_dm + grad_gan) / args.accumulate)
                 if args.regression:
-                    loss = regression_loss(j[rows])
+                    loss = regression_loss(j[rows], k[rows], eps_pair[rows])
                     (args.regression / args.accumulate * loss).backward()
                     run.add(loss_regression=loss.detach())
-                run.add(loss_dm=loss_dm.detach(), loss_gan_g=loss_gan.detach(),
+                run.add(loss_dm=loss_dm.detach(), loss_gan=loss_gan.detach(),
                         grad_dm=norm(grad_dm), grad_gan=norm(grad_gan), **moments(leaf.detach()))
             if i == 0:
                 grad_norm = mean_and_clip(generator.parameters())
@@ -1190,7 +1208,7 @@ def main(argv=None):
                     if args.gan_weight:
                         loss_fake, loss_disc = fake_score_losses(
                             fake_score, disc, x0, real[rows], *part, y_fake[rows].repeat(2))
-                        run.add(loss_gan_d=loss_disc.detach())
+                        run.add(loss_disc=loss_disc.detach())
                     else:
                         n, loss_disc = len(x0), 0
                         loss_fake = denoising_loss(fake_score, x0, *(t[:n] for t in part),

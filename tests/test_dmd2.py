@@ -421,9 +421,11 @@ def test_pairs_that_were_half_written_are_no_foreign_file(tmp_path):
         dmd2.stored_args(tmp_path)
 
 
-def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_path):
-    """--pairs-iters: |G(tau z) - x0|^2 of the pairs alone, from the teacher's weights; then the
-    distillation begins, with a fake score that is still the teacher."""
+@pytest.mark.parametrize("calls", [1, 4])
+def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_path, calls):
+    """--pairs-iters: |G(tau z) - x0|^2 of the pairs alone, from the teacher's weights, in later
+    calls |G(x0 + tau eps) - x0|^2; then the distillation begins, with a fake score that is still
+    the teacher."""
     seen, pairs, real = [], [], dmd2.teacher_pairs
     monkeypatch.setattr(dmd2, "teacher_pairs", lambda *a: pairs.extend(real(*a)) or pairs)
     forward = EDM.forward
@@ -440,17 +442,26 @@ def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_
     monkeypatch.setattr(dmd2, "AveragedModel",
                         lambda *a, **k: means.append(averaged(*a, **k)) or means[-1])
     monkeypatch.setattr(dmd2, "generator_losses", lambda *a: begun.append(a[1]) or 1 / 0)
+    noises, randn_like = [], torch.randn_like
+    monkeypatch.setattr(torch, "randn_like", lambda x: len(x) == 20 and noises.append(randn_like(x))
+                        or (noises[-1] if len(x) == 20 else randn_like(x)))
     with pytest.raises(ZeroDivisionError):
         dmd2.main([*TINY, "--start-sigma", "10", "--teacher-iters", "1", "--iters", "1", "--batch",
-                   "20", "--pairs-iters", "3", "--pairs", "20", "--out", str(tmp_path / "run")])
+                   "20", "--pairs-iters", "3", "--pairs", "20", "--train-steps", str(calls),
+                   "--no-tell-call", "--no-backward-simulation", "--out", str(tmp_path / "run")])
     z, y, target = pairs
     losses = [loss for loss in losses if loss is not None]
     assert len(losses) == 3 and len(seen) == 4              # the fourth: the distillation's call
-    for (x, sigma, labels, x0), loss in zip(seen[:3], losses):
-        tau = taus(1, 10.)[0]
-        row = [int((tau * z - image).abs().amax((1, 2, 3)).argmin()) for image in x]
-        assert_close(x, tau * z[row])
-        assert_close(sigma, torch.full((20,), tau))
+    for (x, sigma, labels, x0), loss, eps in zip(seen[:3], losses, noises):
+        tau = torch.tensor(taus(calls, 10.))
+        k = (sigma[:, None] - tau).abs().argmin(1)
+        assert k.bincount().tolist() == calls * [20 // calls]
+        assert_close(sigma, tau[k])
+        given = torch.where(dmd2.expand(k == 0), x / tau[0], x - dmd2.expand(sigma) * eps)
+        row = [int(((target if n else z) - image).abs().amax((1, 2, 3)).argmin())
+               for n, image in zip(k, given)]
+        assert_close(given, torch.where(dmd2.expand(k == 0), z[row], target[row]), atol=1e-5,
+                     rtol=1e-5)
         assert torch.equal(labels, y[row])
         assert loss.item() == approx((x0 - target[row]).square().mean().item(), rel=1e-4)
     state = torch.load(tmp_path / "run" / "checkpoint.pt")
@@ -529,7 +540,7 @@ def test_every_switch_trains_and_samples(small, tmp_path, line):
     dmd2.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "2", *line.split()])
     text = (tmp_path / "run" / "log.csv").read_text().splitlines()
     last = dict(zip(text[0].split(","), text[-1].split(",")))
-    assert ("loss_gan_d" in last) == ("--gan-weight 0" not in line)
+    assert ("loss_disc" in last) == ("--gan-weight 0" not in line)
     assert (float(last["grad_gan"]) == 0) == ("--gan-weight 0" in line)
     assert (float(last["grad_dm"]) == 0) == ("--dm-weight 0" in line)
     assert ("loss_regression" in last) == ("--regression" in line)
