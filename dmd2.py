@@ -20,7 +20,7 @@ two beginning as the teacher. (80 is --start-sigma.) A generator of several call
 own image of the call before, noised: backward simulation (section 4.5, `step_input`).
 
     python dmd2.py --steps 1                          # coloured shapes, on a CPU: 17 minutes
-    python dmd2.py --steps 4 --teacher runs/dmd2-shapes     # four calls, from the same teacher
+    python dmd2.py --steps 4 --teacher runs/dmd2-shapes --lr 1e-4 --pairs-iters 3000 --iters 2000
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
 Departs from the paper in:
@@ -56,7 +56,8 @@ Departs from the paper in:
     as 0.17 at the index of the last, where nothing is left to draw. Each call has its share of the
     images of every update (official: an update is of one call). Fake score and discriminator are
     told which call an image is of (--tell-call; official: they see those of all calls as one): else
-    they are content when all together have the data's colours, and each call paints one ground;
+    they are content when all together have the data's colours, and each call paints one ground.
+    Several calls want a lower --lr: what is wrong with one is wrong with its successors' input;
   * the regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
