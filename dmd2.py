@@ -17,7 +17,7 @@ Five updates of the fake score (--fake-updates) go with each of the generator: t
 Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
 two beginning as the teacher. (80 is --start-sigma.) A generator of several calls sees in each its
-own image of the call before, noised: backward simulation (section 4.5, `step_input`).
+own image of the call before, noised: backward simulation (section 4.5, `simulated`).
 
     python dmd2.py --steps 1                          # coloured shapes, on a CPU: 17 minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes --lr 1e-4 --pairs-iters 3000 --iters 2000
@@ -582,26 +582,25 @@ def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
 
 # ---- samplers ------------------------------------------------------------------------------------
 
-def step_input(G, noise, y, taus, k):
-    """What the generator's call number k sees: its own image of call k - 1, noised afresh; call 0,
-    noise.
+def simulated(G, noise, y, k, taus):
+    """Backward simulation (section 4.5): what the generator's call number k sees, its own image of
+    call k - 1, noised afresh; call 0 sees noise. The sampler is the same lines.
 
     noise: callable -> fresh unit noise [B, 3, R, R]. k [B] int64, on the CPU: images may be at
-    different calls. In training this is backward simulation (section 4.5); the sampler is the same
-    lines.
+    different calls.
     """
     x = taus[0] * noise()
     for i in range(int(k.max())):
         rows = (k > i).nonzero()[:, 0].to(x.device)         # there is another call to come
         sigma = torch.full(rows.shape, taus[i], device=x.device)
         x[rows] = G(x[rows], sigma, y[rows]) + taus[i + 1] * noise()[rows]
-    return x
+    return x                                                                    # [B, 3, R, R]
 
 
 @torch.no_grad()
 def sample(G, noise, y, taus):
     """Images of labels y [B], in len(taus) calls of the generator."""
-    x = step_input(G, noise, y, taus, torch.full(y.shape, len(taus) - 1, device="cpu"))
+    x = simulated(G, noise, y, torch.full(y.shape, len(taus) - 1, device="cpu"), taus)
     return G(x, torch.full(y.shape, taus[-1], device=x.device), y)
 
 
@@ -1169,7 +1168,7 @@ def main(argv=None):
                 draws = iter(z)
                 with torch.no_grad(), autocast:
                     if args.backward_simulation:
-                        x = step_input(generator, lambda: next(draws)[rows], y[rows], tau, k[rows])
+                        x = simulated(generator, lambda: next(draws)[rows], y[rows], k[rows], tau)
                     else:
                         x = noised(real[rows], k[rows], z[0][rows])
                 with torch.set_grad_enabled(i == 0), autocast:

@@ -14,7 +14,7 @@ import dmd2
 import fid
 from conftest import assert_same
 from dmd2 import (EDM, Discriminator, fake_score_losses, generator_losses, guided, heun, karras,
-                  sample, dm_gradient, step_input, taus, denoising_loss, weighted_error)
+                  sample, dm_gradient, simulated, taus, denoising_loss, weighted_error)
 from nets import UNet
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -281,12 +281,12 @@ def test_backward_simulation_sees_what_the_sampler_sees():
     assert len(seen) == 4
     with torch.no_grad():
         for k, (x, sigma) in enumerate(seen):
-            assert torch.equal(step_input(G, noise(), y, levels, torch.full((3,), k)), x)
+            assert torch.equal(simulated(G, noise(), y, torch.full((3,), k), levels), x)
             assert torch.equal(sigma, torch.full((3,), levels[k]))
         assert_close(seen[0][0], 80 * draws[0])
         assert torch.equal(image, G(*seen[3], y))
         assert_close(seen[2][0], G(*seen[1], y) + levels[2] * draws[2])     # fresh noise each time
-        each = step_input(G, noise(), y, levels, torch.tensor([3, 0, 2]))   # a call for each image
+        each = simulated(G, noise(), y, torch.tensor([3, 0, 2]), levels)    # a call for each image
         for i, k in enumerate((3, 0, 2)):
             assert_close(each[i], seen[k][0][i])
     assert torch.equal(sample(G, noise(), y, taus(1)), G(80 * draws[0], torch.full((3,), 80.), y))
@@ -328,17 +328,16 @@ def test_two_time_scales_are_counted_and_true(small, monkeypatch, tmp_path, rati
 
 @pytest.mark.parametrize("switch", ["--backward-simulation", "--no-backward-simulation"])
 def test_later_calls_train_on_own_or_on_noised_real_images(small, monkeypatch, tmp_path, switch):
-    simulated = []
-    monkeypatch.setattr(dmd2, "step_input", lambda *args: simulated.append(args[-1]) or
-                        step_input(*args))
+    seen = []
+    monkeypatch.setattr(dmd2, "simulated", lambda *args: seen.append(args[3]) or simulated(*args))
     for name in "draw", "evaluate":                         # they sample too
         monkeypatch.setattr(dmd2, name, lambda *args: None)
     line = [*TINY, "--iters", "6", "--train-steps", "4", "--fake-updates", "2", switch]
     dmd2.main([*line, "--out", str(tmp_path / "run")])
     if switch == "--backward-simulation":                   # each call for its share of the images
-        assert [sorted(k.tolist()) for k in simulated] == 12 * [[0, 1, 2, 3]]
+        assert [sorted(k.tolist()) for k in seen] == 12 * [[0, 1, 2, 3]]
     else:
-        assert not simulated
+        assert not seen
 
 
 def test_generator_and_fake_score_begin_as_the_teacher(small, monkeypatch, tmp_path):
@@ -559,8 +558,8 @@ def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path, 
     """Noise levels over 2 to 98 % of the table for the generator, over all of it for the fake
     score; the generator is told the level of the call that its input is of."""
     levels, events, drawn = karras(1000).float(), [], dict(generator=[], fake=[])
-    def simulate(G, noise, y, tau, k):
-        x = step_input(G, noise, y, tau, k)
+    def simulate(G, noise, y, k, tau):
+        x = simulated(G, noise, y, k, tau)
         events.append(("simulated", k.tolist()))
         return x
     def forward(self, x, sigma, y, real=EDM.forward):
@@ -572,7 +571,7 @@ def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path, 
             drawn[name.split("_")[0]].append(args[at])
             return real(*args)
         monkeypatch.setattr(dmd2, name, losses)
-    monkeypatch.setattr(dmd2, "step_input", simulate)
+    monkeypatch.setattr(dmd2, "simulated", simulate)
     monkeypatch.setattr(dmd2.EDM, "forward", forward)
     record("generator_losses", 4)
     record("fake_score_losses", 4)
