@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+import add
+import dmd2
 import fid
 import shortcut
 from conftest import assert_same
@@ -284,8 +286,11 @@ def test_guidance_needs_classes_and_processes_each_other(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "one.png")
     line = ["--device", "cpu", "--resolution", "16", "--data", str(tmp_path),
             "--out", str(tmp_path / "run")]
-    with pytest.raises(fid.UserError, match="has no classes to guide to"):
-        shortcut.main([*line, "--cfg", "2", "--samples", "0"])
+    for script in shortcut, dmd2, add:
+        with pytest.raises(fid.UserError, match="--cfg 2.0: .* has no classes to guide to"):
+            script.main([*line, "--cfg", "2", "--samples", "0"])
+    with pytest.raises(fid.UserError, match="--weighting nfsd: .* has no other class"):
+        add.main([*line, "--weighting", "nfsd", "--samples", "0"])
     monkeypatch.setenv("WORLD_SIZE", "2")                  # but nothing else of torchrun's
     with pytest.raises(fid.UserError, match="torchrun: processes cannot be joined on cpu .*RANK"):
         shortcut.main(line)
