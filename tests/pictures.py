@@ -47,6 +47,10 @@ def few_calls():
         ("ADD's teacher, 32", add / "teacher-32step.png", 0),
         *((f"ADD, {n}" if n == 1 else f"{n}", add / f"samples-{n}step.png", 0)
           for n in (1, 2, 4))])
+    strip("four-calls-shapes", [
+        *(("backward\nsimulation, 1" if n == 1 else f"{n}", RUNS / f"four/samples-{n}step.png", 0)
+          for n in (1, 2, 4)),
+        ("noised real\nimages, 4", RUNS / "four-real/samples-4step.png", 0)])
     cifar = RUNS / "dmd2-cifar10"
     strip("dmd2-cifar10", [(f"{who}, {calls}", cifar / grid, row) for row in (0, 1)
                            for who, calls, grid in (("teacher", 35, "teacher-18step.png"),
