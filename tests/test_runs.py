@@ -326,7 +326,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     signal to one of two, gone on with as one; a finished run's samples drawn by two."""
     ends = dict(shortcut=10, dmd2=25, add=20)
     jobs = []
-    # At the preset's rate a rounding error (3e-7 after one update) grows by ten every three.
+    # At the preset's rate a rounding error grows by ten every three updates, by luck of the seed to
+    # 2e-4; at a tenth of it, it stays below 5e-7, and the bound is a tenth as well.
     monkeypatch.setitem(LINES, "dmd2", [*LINES["dmd2"], "--gan-cap", "0.5", "--gan-weight", "1",
                                         "--fake-lr", "2e-4"])
     for method, line in LINES.items():
@@ -345,10 +346,11 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
         one, two, half, begin = (tmp_path / f"{method}-{name}" for name in ("one", "two", "half",
                                                                             "begin"))
         assert state(two)["step"] == ends[method] and state(half)["step"] == ends[method] - 2
-        assert_near(state(one), state(two), state(begin))
+        tolerance = 1e-6 if method == "dmd2" else 1e-5
+        assert_near(state(one), state(two), state(begin), tolerance)
         assert_same_log(one, two)
         run(method, half, "--iters", 10)
-        assert_near(state(one), state(half), state(begin))
+        assert_near(state(one), state(half), state(begin), tolerance)
         drawn = {p.name: np.load(p)["images"] for p in one.glob("samples-*.npz")}
         score = list(csv.DictReader((one / "scores.csv").open()))[-1]
         run(method, one, "--iters", 10, "--samples", 300, "--npz")
