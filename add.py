@@ -634,7 +634,7 @@ def simulated(student, eps, y, k, taus):
     """
     x = eps[-1].clone()                                     # the first call's: pure noise
     for i in range(len(taus) - 1, 0, -1):
-        rows = (k < i).nonzero()[:, 0].to(y.device)         # there is another call to come
+        rows = (k < i).nonzero()[:, 0].to(y.device, non_blocking=True)      # of another call
         if len(rows):
             then = torch.full_like(y[rows], taus[i - 1])
             x_hat = student(x[rows], torch.full_like(then, taus[i]), y[rows])
@@ -1115,7 +1115,8 @@ def main(argv=None):
     for step in run.steps(end, "distillation", args.batch):
         x0, y = draw_batch(pixels, labels, args.batch, args.flip)
         k = torch.randint(len(taus), y.shape)               # on the CPU, so that none waits for it
-        call, own = k.to(device), round(args.simulated * len(y))    # the first rows
+        call = k.to(device, non_blocking=True)
+        own = round(args.simulated * len(y))                # the first rows
         s, eps_s = taus[call], torch.randn((len(taus), *x0.shape), device=device)
         x_s = student.noised(x0, s, eps_s[0])
         for rows in slices(args):

@@ -32,7 +32,7 @@ TWO = "--fake-updates 5"                                    # the paper's two ti
 ONE = "--fake-updates 1"
 FOUR = "--train-steps 4 --steps 1,2,4 --lr 1e-4 --pairs-iters 3000"
 ADD = "--steps 1,4 --iters 1000 --simulated 0 --ema 0.995"
-SHORTCUT = "--steps 1,4,128 --samples 1024"
+SHORTCUT = "--steps 1,4,32 --iters 3000 --samples 1024"
 
 # Table: method, options of all its rows, and of each row: its name, options, published number.
 TABLES = {

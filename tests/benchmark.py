@@ -58,7 +58,7 @@ class Clock:
     """What a training's last phase takes: seconds of whole steps, and of their parts by name."""
 
     def __init__(self):
-        self.steps, self.parts, self.flops = [], {}, 0
+        self.steps, self.parts, self.flops, self.memory = [], {}, 0, 0
 
     def seconds(self):
         return statistics.median(self.steps)
@@ -80,6 +80,9 @@ def train(args, script, *options, steps=None, parts=False, flops=False):
     parts: time them too (a GPU is waited for at each). flops: count those of a step (it is slow).
     """
     clock, steps = Clock(), steps or args.steps
+    every = 1 if parts or not torch.cuda.is_available() else args.every
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     torch._dynamo.reset()                                   # its limit of graphs is a process's
 
     def watched(self, end, what, images, inner=script.Run.steps):
@@ -88,16 +91,18 @@ def train(args, script, *options, steps=None, parts=False, flops=False):
             return
         before = stop = 0
         for step in inner(self, end, what, images):
-            start = now()
+            due = (step - (end - steps)) % every == 0
+            start = now() if due else time.perf_counter()
             if step > end - steps:                          # the first are for warming up
-                clock.steps.append(start - before)
                 clock.parts.setdefault("loop", []).append(start - stop)
+                if due:
+                    clock.steps.append((start - before) / every)
             elif step == end - steps:
                 clock.parts.clear()
-            before = start
+            before = start if due else before
             with Flops() if flops else contextlib.nullcontext() as counter:
                 yield step
-            stop = now()
+            stop = now() if parts else time.perf_counter()
             clock.flops += counter.total / (steps + 3) if flops else 0
 
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as patches:
@@ -115,6 +120,8 @@ def train(args, script, *options, steps=None, parts=False, flops=False):
         patch(sys, "stdout", patches.enter_context(open(os.devnull, "w")))
         script.main([*METHODS[script.METHOD].split(), "--samples", "0", "--iters", str(steps + 3),
                      "--out", out, *args.options, *options])
+    if torch.cuda.is_available():
+        clock.memory = torch.cuda.max_memory_allocated()
     return clock
 
 
@@ -190,6 +197,18 @@ def row_dmd2(args):
         ratio(f"dmd2: cycle of 1 + {n} updates over that of separate passes", own, official)
 
 
+def matrix_rate(args, device, precision):
+    """FLOP/s of a matrix product."""
+    a = torch.randn(args.matrix, args.matrix, device=device,
+                    dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    times = []
+    for _ in range(4):
+        start = now()
+        a @ a
+        times.append(now() - start)
+    return 2 * args.matrix ** 3 / min(times[1:])
+
+
 def row_arithmetic(args):
     """A step's rate of arithmetic over that of the bare network's forward and backward pass."""
     p = shortcut.parse_args([*args.options, "--samples", "0"])
@@ -212,22 +231,13 @@ def row_arithmetic(args):
             times.append(now() - start)
         return statistics.median(times[2:])
 
-    def peak():
-        a = torch.randn(args.matrix, args.matrix, device=device,
-                        dtype=torch.bfloat16 if p.precision == "bf16" else torch.float32)
-        times = []
-        for _ in range(4):
-            start = now()
-            a @ a
-            times.append(now() - start)
-        return 2 * args.matrix ** 3 / min(times[1:])
-
     with Flops() as counter:
         passes()
     scripts = shortcut, dmd2, add
     flops = [train(args, script, flops=True).flops for script in scripts]
     peaks, bares, *own = turns(args, [
-        peak, bare, *(lambda script=script: train(args, script).seconds() for script in scripts)])
+        lambda: matrix_rate(args, device, p.precision), bare,
+        *(lambda script=script: train(args, script).seconds() for script in scripts)])
     line(f"matrix product of side {args.matrix}, {p.precision}", [v / 1e9 for v in peaks],
          " GFLOP/s")
     rates = [counter.total / v for v in bares]
@@ -256,6 +266,31 @@ def row_compile(args):
         script = importlib.import_module(name)
         eager, compiled = clocked(args, script, (), ("--compile",))
         ratio(f"{name} --compile: images a second over those of eager", eager, compiled)
+
+
+def row_cifar10(args):
+    """Whole steps at the preset of cifar10, for an accelerator; a CPU has a smaller batch."""
+    device = fid.pick_device("auto")
+    for name in METHODS:
+        script = importlib.import_module(name)
+        names = "batch fake_updates dm_levels fake_levels disc_maps gan_weight gan_cap".split()
+        options = preset(script, "cifar10", *(n for n in names if n in script.PRESETS))
+        if device.type == "cpu":
+            options += args.options or ["--batch", str(args.wide_batch)]
+        p = script.parse_args([*args.options, *options, "--samples", "0"])
+        script.set_up(p)
+        images = p.batch * getattr(p, "fake_updates", 1)    # of a step, as log.csv counts them
+        flops = train(args, script, *options, steps=1, flops=True).flops
+        peak = matrix_rate(args, device, p.precision)
+        for extra in ((), ("--compile",)) if device.type == "cuda" else ((),):
+            clock = train(args, script, *options, *extra, steps=5 * args.every + 1)
+            what = f"{name}{' '.join(['', *extra])}, cifar10's preset, batch {p.batch}: "
+            line(f"{what}images a second", [images / s for s in clock.steps])
+            line("    its arithmetic over the matrix product",
+                 [flops / s / peak for s in clock.steps], " x")
+            if clock.memory:
+                print(f"    {flops / 1e9:.0f} GFLOP a step, peak memory "
+                      f"{clock.memory / 2 ** 30:.1f} GiB", flush=True)
 
 
 def row_overhead(args):
@@ -330,9 +365,12 @@ def main(argv=None):
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(ROWS)}")
     args.steps, args.matrix, args.images, args.features, args.wide_batch = 12, 4096, 256, 2048, 8
-    args.options = []
+    args.options, args.every = [], 4                        # every: steps between looks at a GPU
+    if torch.cuda.is_available():
+        args.steps, args.matrix = 21, 8192
     if args.small:
         args.rounds, args.steps, args.matrix, args.images, args.features = 1, 2, 64, 2, 16
+        args.every, args.wide_batch = 1, 4
         args.options = "--resolution 16 --channels 16 --mult 1,1 --blocks 1,1 --batch 4".split()
     load = functools.cache(fid.load_images)                 # drawn once
     with mock.patch.object(fid, "load_images", load):
