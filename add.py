@@ -46,6 +46,7 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * NFSD's negative prompt is another class, drawn at random.
 """
 import argparse
+import contextlib
 import csv
 import datetime
 import itertools
@@ -71,6 +72,11 @@ from tqdm import tqdm
 import fid
 from fid import UserError, from_uint8, to_uint8
 from nets import UNet
+
+try:
+    import fcntl
+except ImportError:                                         # Windows: two processes may meet
+    fcntl = None
 
 METHOD = "add"
 T = 1000                        # diffusion times 1 .. T; 0 is the image
@@ -743,6 +749,16 @@ class Run:
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut log and scores back to it."""
+        self.lock = contextlib.nullcontext()
+        try:
+            self.lock = open(self.folder / "progress" / "lock", "w")
+            if fcntl and fid.processes()[0] == 0:           # until it is closed
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is training there; wait for it, or "
+                            "give another --out") from None
+        except OSError:                                     # a file system without locks
+            pass
         try:
             git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                                  text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
@@ -774,8 +790,8 @@ class Run:
         self.begin(what, end)
         self.images = images
         self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
-        with tqdm(total=end, initial=self.step, desc=what, unit="it",
-                  disable=fid.quiet()) as self.bar:
+        with self.lock, tqdm(total=end, initial=self.step, desc=what, unit="it",
+                             disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
                 yield self.step
@@ -790,6 +806,8 @@ class Run:
                 if due:
                     self.save()
                     saved = time.monotonic()
+                    if late and fid.quiet():                # no bar to watch
+                        print(f"step {self.step} of {end}: kept", flush=True)
                 if stop:
                     self.bar.close()
                     print(f"stopped at step {self.step}; the same command goes on from there")

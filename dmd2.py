@@ -61,6 +61,7 @@ Departs from the paper in:
   * the regression (DMD, 2311.18828) is a plain squared error, not LPIPS: that needs a download.
 """
 import argparse
+import contextlib
 import csv
 import datetime
 import itertools
@@ -86,6 +87,11 @@ from tqdm import tqdm
 import fid
 from fid import UserError, from_uint8, to_uint8
 from nets import UNet
+
+try:
+    import fcntl
+except ImportError:                                         # Windows: two processes may meet
+    fcntl = None
 
 METHOD = "dmd2"
 SIGMA_MIN, SIGMA_MAX, RHO, LEVELS = 0.002, 80.0, 7, 1000        # the table of noise levels
@@ -720,6 +726,16 @@ class Run:
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut log and scores back to it."""
+        self.lock = contextlib.nullcontext()
+        try:
+            self.lock = open(self.folder / "progress" / "lock", "w")
+            if fcntl and fid.processes()[0] == 0:           # until it is closed
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is training there; wait for it, or "
+                            "give another --out") from None
+        except OSError:                                     # a file system without locks
+            pass
         try:
             git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
                                  text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
@@ -751,8 +767,8 @@ class Run:
         self.begin(what, end)
         self.images = images
         self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
-        with tqdm(total=end, initial=self.step, desc=what, unit="it",
-                  disable=fid.quiet()) as self.bar:
+        with self.lock, tqdm(total=end, initial=self.step, desc=what, unit="it",
+                             disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
                 yield self.step
@@ -767,6 +783,8 @@ class Run:
                 if due:
                     self.save()
                     saved = time.monotonic()
+                    if late and fid.quiet():                # no bar to watch
+                        print(f"step {self.step} of {end}: kept", flush=True)
                 if stop:
                     self.bar.close()
                     print(f"stopped at step {self.step}; the same command goes on from there")

@@ -139,12 +139,15 @@ def main(argv=None, small=()):
     tables, seeds = args.tables or [*TABLES], [int(s) for s in args.seeds.split(",")]
     jobs = {}                                               # by folder: a row of two tables is one
     for table in tables:
-        for _, options, _ in TABLES[table][2]:
+        for name, options, _ in TABLES[table][2]:
             for seed in seeds:
                 command, out = row_command(table, options, seed, small)
+                if args.list:
+                    print(f"# {table}: {name}" + ", above" * (out in jobs))
+                    if out not in jobs:
+                        print(shlex.join(command))
                 jobs[out] = command
     if args.list:
-        print(*(shlex.join(command) for command in jobs.values()), sep="\n")
         return
     threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     for method in sorted({TABLES[table][0] for table in tables} - {"shortcut"}):

@@ -55,6 +55,27 @@ def stop_after(monkeypatch, n, number=signal.SIGTERM):
 
 # ---- a run ---------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("module", [shortcut, dmd2, add])
+def test_one_process_a_folder(module, tmp_path):
+    out = tmp_path / "run"
+    (out / "progress").mkdir(parents=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time\n"
+         "file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+         "print('locked', flush=True); time.sleep(60)", str(out / "progress" / "lock")],
+        stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(fid.UserError, match="another process is training there"):
+            module.main([*TINY, "--out", str(out)])
+        assert not (out / "args.json").exists()
+    finally:
+        other.kill()                                        # the lock goes with its process
+        other.wait()
+    args = module.parse_args([*TINY, "--out", str(out)])
+    module.Run(args, torch.device("cpu"), fid.Images(*SMALL[16], [], "shapes"), {}).begin("it", 1)
+
+
 def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     out = tmp_path / "run"
     shortcut.main([*TINY, "--out", str(out), "--iters", "10", "--npz"])
