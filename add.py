@@ -806,7 +806,7 @@ class Run:
                 if due:
                     self.save()
                     saved = time.monotonic()
-                    if late and fid.quiet():                # no bar to watch
+                    if late and self.bar.disable:           # no bar to watch
                         print(f"step {self.step} of {end}: kept", flush=True)
                 if stop:
                     self.bar.close()

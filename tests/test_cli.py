@@ -55,6 +55,13 @@ def stop_after(monkeypatch, n, number=signal.SIGTERM):
 
 # ---- a run ---------------------------------------------------------------------------------------
 
+def test_without_a_bar_there_is_a_line_a_minute(tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10 ** 6, 25))                     # seconds, at each look
+    monkeypatch.setattr(shortcut.time, "monotonic", lambda: next(clock))
+    shortcut.main([*TINY, "--out", str(tmp_path / "run"), "--iters", "8", "--samples", "0"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines and all(re.fullmatch(r"step [1-8] of 8: kept", line) for line in lines)
+
 @pytest.mark.parametrize("module", [shortcut, dmd2, add])
 def test_one_process_a_folder(module, tmp_path):
     out = tmp_path / "run"
