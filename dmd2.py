@@ -597,7 +597,8 @@ def simulated(G, noise, y, k, taus):
     """
     x = taus[0] * noise()
     for i in range(int(k.max())):
-        rows = (k > i).nonzero()[:, 0].to(x.device, non_blocking=True)      # of another call
+        rows = (k > i).nonzero()[:, 0]                      # there is another call to come
+        rows = rows.to(x.device, non_blocking=True)
         sigma = torch.full(rows.shape, taus[i], device=x.device)
         x[rows] = G(x[rows], sigma, y[rows]) + taus[i + 1] * noise()[rows]
     return x                                                                    # [B, 3, R, R]
@@ -1131,18 +1132,22 @@ def main(argv=None):
         k = torch.arange(n) * args.train_steps // n + torch.randint(args.train_steps, ())
         return k % args.train_steps
 
+    def on(t):
+        """A tensor of the CPU's, without a wait for a GPU's work so far."""
+        return t.to(device, non_blocking=True)
+
     def sigma_of(k):
-        return torch.tensor(tau)[k].to(device, non_blocking=True)
+        return on(torch.tensor(tau)[k])
 
     def noised(x0, k, eps):
         """What the generator's calls k see of images that are given; the first, noise alone."""
-        return expand(k > 0).to(device, non_blocking=True) * x0 + expand(sigma_of(k)) * eps
+        return on(expand(k > 0)) * x0 + expand(sigma_of(k)) * eps
 
     def regression_loss(i, k, eps):
         """DMD's: the generator's images of these pairs' noises against the teacher's. Later calls
         get the teacher's images, noised by eps."""
         z, y, x0 = (t[i] for t in pairs)
-        eps = torch.where(expand(k > 0).to(device, non_blocking=True), eps, z)
+        eps = torch.where(on(expand(k > 0)), eps, z)
         with autocast:
             x0_hat = generator(noised(x0, k, eps), sigma_of(k), y)
         return (x0_hat - x0).square().mean()
@@ -1172,7 +1177,7 @@ def main(argv=None):
             real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
             k = calls(len(y))
-            y_fake = told(y, k.to(device, non_blocking=True))
+            y_fake = told(y, on(k))
             z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
             if i == 0:
                 sigma, eps = levels(args.dm_levels, len(y)), noise()

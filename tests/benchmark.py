@@ -42,6 +42,13 @@ def now():
     return time.perf_counter()
 
 
+# torch counts the fused attention of GPUs alone.
+ATTENTION = "_scaled_dot_product_flash_attention"
+for way in "", "_backward":
+    flop_registry.setdefault(getattr(torch.ops.aten, f"{ATTENTION}_for_cpu{way}"),
+                             flop_registry[getattr(torch.ops.aten, ATTENTION + way)])
+
+
 class Flops(TorchDispatchMode):
     """Counts those of convolutions and matrix products. (torch's FlopCounterMode also counts by
     module, which torch.autograd.grad does not stand.)"""
@@ -224,12 +231,14 @@ def row_arithmetic(args):
         loss.backward()
 
     def bare():
-        times = []
-        for _ in range(args.steps + 2):
-            start = now()
+        every = args.every if device.type == "cuda" else 1  # as `train` looks at the clock
+        passes(), passes()
+        times = [now()]
+        for i in range(args.steps):
             passes()
-            times.append(now() - start)
-        return statistics.median(times[2:])
+            if (i + 1) % every == 0:
+                times.append(now())
+        return statistics.median(b - a for a, b in zip(times, times[1:])) / every
 
     with Flops() as counter:
         passes()
@@ -269,7 +278,8 @@ def row_compile(args):
 
 
 def row_cifar10(args):
-    """Whole steps at the preset of cifar10, for an accelerator; a CPU has a smaller batch."""
+    """Whole steps at the preset of cifar10, for an accelerator; a CPU has a smaller batch. The
+    figures are of five stretches of one training, as to compile anew each round would take long."""
     device = fid.pick_device("auto")
     for name in METHODS:
         script = importlib.import_module(name)
@@ -297,8 +307,8 @@ def row_overhead(args):
     for name in METHODS:
         shares = {}
         for _ in range(args.rounds):
-            clock = train(args, importlib.import_module(name), steps=3 * args.steps,
-                          parts=True)
+            clock = train(args, importlib.import_module(name), steps=min(36, 3 * args.steps),
+                          parts=True)                       # fewer than to a row of the log
             whole = sum(clock.steps) * (1 + 1 / len(clock.steps))   # the last has no successor
             parts = {part: sum(times) / whole for part, times in clock.parts.items()}
             for part, share in (parts | dict(total=sum(parts.values()))).items():
