@@ -795,6 +795,7 @@ class Run:
                              disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+                torch.compiler.cudagraph_mark_step_begin()      # what graphs gave before may go
                 yield self.step
                 self.step += 1
                 self.bar.update()

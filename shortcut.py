@@ -561,6 +561,7 @@ class Run:
                              disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+                torch.compiler.cudagraph_mark_step_begin()      # what graphs gave before may go
                 yield self.step
                 self.step += 1
                 self.bar.update()
@@ -773,9 +774,12 @@ def main(argv=None):
     cfg = dict(cfg_scale=args.cfg, null_class=null_class)
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        graphs = "reduce-overhead" if device.type == "cuda" else None       # CUDA graphs
         for net in (s.net, s_ema.module.net):
-            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
+            net.encode = torch.compile(net.encode, mode=graphs)
+            net.decode = torch.compile(net.decode, mode=graphs)
 
+    @torch.compiler.set_stance("force_eager")               # its batches are not the training's
     def generate(noise, y, steps):
         with autocast:
             return sample(s_ema, noise(), y, steps, None if args.k else 1 / M, **cfg)

@@ -376,14 +376,26 @@ def test_a_folder_called_shapes_is_a_folder(tmp_path, monkeypatch):
         shortcut.main(["--data", "./shapes", "--device", "cpu"])
 
 
-def test_compile_is_asked_for_both_networks(tmp_path, monkeypatch):
-    """What it compiles to is PyTorch's business; a compiler may be missing where the tests run."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda f: asked.append((f.__self__, f.__name__)) or f)
-    shortcut.main([*TINY, "--compile", "--out", str(tmp_path / "run"), "--iters", "1",
-                   "--samples", "0"])
-    assert [name for _, name in asked] == 2 * ["encode", "decode"]
+def test_compile_is_for_both_networks_and_the_training_alone(tmp_path, monkeypatch):
+    """What it compiles to is PyTorch's business; a compiler may be missing where the tests run.
+    Samples come in batches of other sizes, which would each be compiled anew."""
+    asked, calls, real = [], [], torch.compile
+
+    def backend(graph, inputs):
+        return lambda *args: calls.append(len(args)) or graph(*args)
+
+    def traced(f, mode):
+        asked.append((f.__self__, f.__name__, mode))
+        return real(f, backend=backend)
+    monkeypatch.setattr(torch, "compile", traced)
+    line = [*TINY, "--compile", "--out", str(tmp_path / "run"), "--iters", "2"]
+    shortcut.main([*line, "--samples", "0"])
+    assert [names for _, *names in asked] == 2 * [["encode", None], ["decode", None]]
     assert asked[0][0] is asked[1][0] is not asked[2][0] is asked[3][0]
+    # Of each of the two steps, the network's two halves and the running mean's, called twice.
+    assert len(calls) == 2 * (2 + 4)
+    shortcut.main([*line, "--steps", "1", "--samples", "8"])
+    assert len(calls) == 12
 
 
 def test_other_data_of_the_same_name_is_another_run(tmp_path, monkeypatch):
