@@ -165,7 +165,8 @@ def check_method(args):
                             ("feature_noise", 0, T)]:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+            span = f"{low} to {high}" if high == T else f"{low} or more"
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {span}")
     if not 0 <= args.simulated <= 1:
         raise UserError(f"--simulated {args.simulated}: expected a number from 0 to 1")
     for name in ("teacher_lr", "disc_lr", "teacher_ema", "label_dropout"):
@@ -929,6 +930,8 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
     args, classes, begun = run.args, scorer.classes, time.monotonic()
+    if args.labels:                                         # beside the pictures of all classes
+        prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))[:80]
     for n in steps:
         count = max(args.samples, 80)                       # the picture takes 80
         # Labels in the data's proportions; the first 80, for the picture, run through the classes.

@@ -519,14 +519,14 @@ class Discriminator(nn.Module):
 
 # ---- losses --------------------------------------------------------------------------------------
 # Networks, "scores" too, are denoisers (x, sigma, y) -> images; x0, real, eps [B, 3, R, R];
-# sigma, y [B].
+# sigma, y [B]; of a label of None, the null class's.
 
-def guided(D, x, sigma, y, cfg_scale=1.0, null_class=0):
+def guided(D, x, sigma, y, cfg_scale=1.0):
     """The teacher with classifier-free guidance; 1: off."""
     x0 = D(x, sigma, y)
     if cfg_scale == 1:
         return x0
-    x0_null = D(x, sigma, torch.full_like(y, null_class))
+    x0_null = D(x, sigma, None)
     return x0_null + cfg_scale * (x0 - x0_null)
 
 
@@ -906,6 +906,8 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
     args, classes, begun = run.args, scorer.classes, time.monotonic()
+    if args.labels:                                         # beside the pictures of all classes
+        prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))[:80]
     for n in steps:
         count = max(args.samples, 80)                       # the picture takes 80
         # Labels in the data's proportions; the first 80, for the picture, run through the classes.
@@ -1076,7 +1078,7 @@ def main(argv=None):
 
     def real_score(x, sigma, y):
         y = y % (null_class + 1)                            # the class alone, if `told` the call
-        return guided(teacher_ema, x, sigma, y, args.cfg, null_class)
+        return guided(teacher_ema, x, sigma, y, args.cfg)
 
     def told(y, k):
         """The fake score's labels: it has a set of them for each call of the generator. (Those of a

@@ -362,37 +362,36 @@ class Shortcut(nn.Module):
 
 # ---- losses --------------------------------------------------------------------------------------
 
-def guided(s, x, t, d, y, cfg_scale=1.0, null_class=0):
+def guided(s, x, t, d, y, cfg_scale=1.0):
     """Classifier-free guidance, at the finest length; longer jumps learn it from there. 1: off."""
     v = s(x, t, d, y)
     if cfg_scale == 1:
         return v
-    v_null = s(x, t, d, torch.full_like(y, null_class))
+    v_null = s(x, t, d, None)
     return torch.where(expand(d <= 1 / M), v_null + cfg_scale * (v - v_null), v)
 
 
 @torch.no_grad()
-def self_consistency_target(s, x_t, t, d, y, cfg_scale=1.0, null_class=0):
+def self_consistency_target(s, x_t, t, d, y, cfg_scale=1.0):
     """What a jump of 2d should do: the mean velocity of two jumps of d. Carries no gradient."""
-    s_t = guided(s, x_t, t, d, y, cfg_scale, null_class)
+    s_t = guided(s, x_t, t, d, y, cfg_scale)
     x_next = x_t + expand(d) * s_t                          # Eq. 3: the model's own x'_{t+d}
-    s_next = guided(s, x_next, t + d, d, y, cfg_scale, null_class)
+    s_next = guided(s, x_next, t + d, d, y, cfg_scale)
     return (s_t + s_next) / 2                               # Eq. 4
 
 
-def shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, cfg_scale=1.0, null_class=0):
+def shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, cfg_scale=1.0):
     """Eq. 5, as one mean over the batch.
 
-    s, s_ema: callables (x, t, d, y) -> velocity; x_0 noise, x_1 images in [-1, 1], both
-    [B, 3, R, R]; t, d, y [B], of which the first n rows have self-consistency targets: their d is
-    the paper's 2d.
+    s, s_ema: callables (x, t, d, y) -> velocity; of a label of None, the null class's. x_0 noise,
+    x_1 images in [-1, 1], both [B, 3, R, R]; t, d, y [B], of which the first n rows have
+    self-consistency targets: their d is the paper's 2d.
     Returns the scalar loss, and the parts of it that the batch has.
     """
     x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
     target = x_1 - x_0                                      # Eq. 2
     if n:
-        target[:n] = self_consistency_target(s_ema, x_t[:n], t[:n], d[:n] / 2, y[:n],
-                                             cfg_scale, null_class)
+        target[:n] = self_consistency_target(s_ema, x_t[:n], t[:n], d[:n] / 2, y[:n], cfg_scale)
     error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))             # [B]
     parts = dict(loss_flow=error[n:], loss_shortcut=error[:n])
     return error.mean(), {name: e.mean().detach() for name, e in parts.items() if len(e)}
@@ -401,7 +400,7 @@ def shortcut_loss(s, s_ema, x_0, x_1, t, d, n, y, cfg_scale=1.0, null_class=0):
 # ---- sampler -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def sample(s, x_0, y, steps, d=None, cfg_scale=1.0, null_class=0):
+def sample(s, x_0, y, steps, d=None, cfg_scale=1.0):
     """`steps` equal jumps from noise x_0 [B, 3, R, R] to images, labels y [B] (Algorithm 2).
 
     d: the length that the network is told, 1/steps unless given: flow matching knows 1/M alone.
@@ -411,7 +410,7 @@ def sample(s, x_0, y, steps, d=None, cfg_scale=1.0, null_class=0):
         cfg_scale = 1.0                                     # what a longer jump has learned already
     for i in range(steps):
         t = torch.full_like(told, i / steps)
-        x = x + guided(s, x, t, told, y, cfg_scale, null_class) / steps
+        x = x + guided(s, x, t, told, y, cfg_scale) / steps
     return x
 
 
@@ -695,6 +694,8 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
     args, classes, begun = run.args, scorer.classes, time.monotonic()
+    if args.labels:                                         # beside the pictures of all classes
+        prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))[:80]
     for n in steps:
         count = max(args.samples, 80)                       # the picture takes 80
         # Labels in the data's proportions; the first 80, for the picture, run through the classes.
@@ -771,7 +772,6 @@ def main(argv=None):
                             fused=True)
     schedule = warmup_cosine(opt, args.iters)
     run = Run(args, device, images, dict(s=s, s_ema=s_ema, opt=opt, schedule=schedule))
-    cfg = dict(cfg_scale=args.cfg, null_class=null_class)
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
         graphs = "reduce-overhead" if device.type == "cuda" else None       # CUDA graphs
@@ -782,7 +782,7 @@ def main(argv=None):
     @torch.compiler.set_stance("force_eager")               # its batches are not the training's
     def generate(noise, y, steps):
         with autocast:
-            return sample(s_ema, noise(), y, steps, None if args.k else 1 / M, **cfg)
+            return sample(s_ema, noise(), y, steps, None if args.k else 1 / M, args.cfg)
     who = "shortcut ema" if args.k else "flow ema"
     nfe = lambda n: 2 * n if args.cfg != 1 and (n == M or not args.k) else n
 
@@ -797,7 +797,7 @@ def main(argv=None):
             part = [v[rows] for v in (x_0, x_1, t, d)]
             first = len(range(n)[rows])                     # self-consistency rows come first here
             with autocast:
-                loss, parts = shortcut_loss(s, s_ema, *part, first, y[rows], **cfg)
+                loss, parts = shortcut_loss(s, s_ema, *part, first, y[rows], args.cfg)
             (loss / args.accumulate).backward()
             run.add(loss=loss.detach())
             run.add(len(part[0]) - first, loss_flow=parts.get("loss_flow", 0))

@@ -128,11 +128,15 @@ def test_a_finished_run_only_samples_and_takes_its_options_from_the_folder(tmp_p
     line = ["--out", str(tmp_path / "run")]
     shortcut.main([*TINY, *line, "--iters", "3", "--samples", "0"])
     before = weights(tmp_path / "run")
-    (tmp_path / "run" / "samples-1step.png").unlink()
-    shortcut.main([*line, "--steps", "1,128", "--samples", "0", "--labels", "heart,3"])
+    picture = tmp_path / "run" / "samples-1step.png"
+    kept = picture.read_bytes()
+    shortcut.main([*line, "--steps", "1,128", "--samples", "0", "--labels", "heart, 3"])
     assert_same(weights(tmp_path / "run"), before)
-    assert ((tmp_path / "run" / "samples-1step.png").exists()
-            and (tmp_path / "run" / "samples-128step.png").exists())
+    chosen = [picture.with_name(f"samples-heart-3-{n}step.png") for n in (1, 128)]
+    assert picture.read_bytes() == kept != chosen[0].read_bytes() and chosen[1].exists()
+    picture.unlink()
+    shortcut.main([*line, "--steps", "1", "--samples", "0"])
+    assert picture.read_bytes() == kept
     with pytest.raises(fid.UserError, match="was trained with --iters 3, not 4"):
         shortcut.main([*line, "--iters", "4"])
     with pytest.raises(fid.UserError,

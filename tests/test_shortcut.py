@@ -97,30 +97,30 @@ def test_targets_equal_the_official_codes(case, cfg_scale):
     assert n == 16 and abs(z["v"][:n]).max() < 4
 
     def s(x, t, d, y):
-        return 0.3 * x + expand(t - 0.05 * (-d.log2())) + 0.02 * expand(y.float())
+        y = torch.full_like(d, 10) if y is None else y.float()
+        return 0.3 * x + expand(t - 0.05 * (-d.log2())) + 0.02 * expand(y)
     x_t = (1 - (1 - 1e-5) * expand(t)) * x_0 + expand(t) * x_1
     assert_close(x_t, nchw(z["x_t"]), rtol=1e-5, atol=1e-6)
-    target = self_consistency_target(s, x_t[:n], t[:n], d[:n] / 2, y[:n], cfg_scale, null_class=10)
+    target = self_consistency_target(s, x_t[:n], t[:n], d[:n] / 2, y[:n], cfg_scale)
     official, half = nchw(z["v"])[:n], d[:n] / 2
-    x_mid = x_t[:n] + expand(half) * guided(s, x_t[:n], t[:n], half, y[:n], cfg_scale,
-                                            null_class=10)
+    x_mid = x_t[:n] + expand(half) * guided(s, x_t[:n], t[:n], half, y[:n], cfg_scale)
     inside = (x_mid.abs() < 4) & (official.abs() < 4)
     assert inside.sum() == inside.numel() - 1
     assert_close(target[inside], official[inside], rtol=1e-5, atol=1e-6)
     assert_close((x_1 - (1 - 1e-5) * x_0)[n:], nchw(z["v"])[n:], rtol=1e-5, atol=1e-6)
     # And the loss takes exactly these targets: a network that returns them has none left.
     _, parts = shortcut_loss(lambda x, t, d, y: nchw(z["v"]), s, x_0, x_1, t, d, n, y,
-                             cfg_scale, null_class=10)
+                             cfg_scale)
     assert parts["loss_flow"] < 1e-9 and parts["loss_shortcut"] < 2e-6      # the one clipped value
 
 
 def test_guidance_is_at_the_finest_length_only():
-    s = lambda x, t, d, y: x * expand(torch.where(y == 10, 1.0, 3.0))       # null: x, else: 3 x
+    s = lambda x, t, d, y: x if y is None else 3 * x
     x, d = torch.ones(LEVELS + 1, 3, 2, 2), 0.5 ** torch.arange(LEVELS + 1.0)
     y = torch.zeros(len(d), dtype=torch.long)
-    v = guided(s, x, torch.zeros_like(d), d, y, cfg_scale=2.5, null_class=10)[:, 0, 0, 0]
+    v = guided(s, x, torch.zeros_like(d), d, y, cfg_scale=2.5)[:, 0, 0, 0]
     assert v.tolist() == [3.0] * LEVELS + [1 + 2.5 * (3 - 1)]
-    assert_close(guided(s, x, d, d, y, cfg_scale=1.0, null_class=10), 3 * x)        # 1 = off
+    assert_close(guided(s, x, d, d, y, cfg_scale=1.0), 3 * x)               # 1 = off
 
 
 # ---- times and lengths ---------------------------------------------------------------------------
