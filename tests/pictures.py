@@ -37,8 +37,16 @@ def strip(name, rows, columns=10):
 
 
 def few_calls():
-    """One noise in one call and in more; dmd2.py's and add.py's teachers beside them."""
+    """One noise in one call and in more, and what the teachers make of it."""
     shortcut, dmd2, add = (RUNS / f"{name}-shapes" for name in ("shortcut", "dmd2", "add"))
+    strip("header", [
+        *((f"shortcut, {n}" if n == 1 else f"{n}", shortcut / f"samples-{n}step.png", 0)
+          for n in (1, 2, 4)),
+        *((f"DMD2, {n}" if n == 1 else f"{n}", RUNS / f"four/samples-{n}step.png", 0)
+          for n in (1, 2, 4)),
+        *((f"ADD, {n}" if n == 1 else f"{n}", add / f"samples-{n}step.png", 0)
+          for n in (1, 2, 4)),
+        ("DMD2's teacher, 35", dmd2 / "teacher-18step.png", 0)])
     strip("shortcut-shapes", [(f"{n}", shortcut / f"samples-{n}step.png", 0)
                               for n in (1, 2, 4, 128)])
     strip("few-calls-shapes", [
