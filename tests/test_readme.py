@@ -56,7 +56,8 @@ def test_a_command_runs(command, tmp_path, monkeypatch):
         script.main(["--out", argv[at + 1], "--steps", "1"] + TINY + MORE[name])
     args = script.parse_args(argv)
     script.main(argv + TINY + MORE[name])
-    assert all((pathlib.Path(args.out) / f"samples-{n}step.png").exists() for n in args.steps)
+    stem = "-".join(["samples", *(args.labels or "").split(",")]).strip("-")
+    assert all((pathlib.Path(args.out) / f"{stem}-{n}step.png").exists() for n in args.steps)
 
 
 def test_the_commands_of_fid_run(tmp_path, monkeypatch, capsys):
