@@ -83,7 +83,7 @@ TABLES = {
     "shortcut-choices": ("shortcut", SHORTCUT, [
         ("as it is", "", ""),
         ("every self-consistency row d = 1", ALL_ONE, ""),
-        ("targets of a running mean, 0.995", "--ema 0.995", ""),
+        ("targets of the running mean", "--ema-targets", ""),
         ("no weight decay", "--weight-decay 0", ""),
     ]),
 }

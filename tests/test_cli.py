@@ -402,6 +402,20 @@ def test_compile_is_for_both_networks_and_the_training_alone(tmp_path, monkeypat
     assert len(calls) == 12
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_own_targets_are_those_of_a_mean_without_memory(precision, tmp_path):
+    """And autocast does not hand the casts of their passes, without gradient, to the others."""
+    states = []
+    for name, options in ("own", "--no-ema-targets --ema 0.5"), ("mean", "--ema-targets --ema 0"):
+        shortcut.main([*TINY, "--precision", precision, "--iters", "4", "--samples", "0", "--out",
+                       str(tmp_path / name), *options.split()])
+        states.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
+    own, mean = states
+    assert_same(own["s"], mean["s"])
+    assert not torch.equal(own["s_ema"]["module.net.conv_out.weight"],
+                           own["s"]["net.conv_out.weight"])
+
+
 def test_other_data_of_the_same_name_is_another_run(tmp_path, monkeypatch):
     line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1", "--samples", "0"]
     shortcut.main(line)
