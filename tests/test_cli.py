@@ -538,7 +538,7 @@ def test_help_shows_the_presets():
     text = " ".join(done.stdout.split())
     assert done.returncode == 0
     for name, values in shortcut.PRESETS.items():
-        assert f"--{name} " in text
+        assert f"--{name.replace('_', '-')}" in text
     iters = shortcut.PRESETS["iters"]
     assert (f"[{iters[0]} (shapes), {iters[1]} (cifar10), "
             f"{iters[2]} (folder), {iters[3]} (imagenet64)]") in text
