@@ -772,7 +772,8 @@ class Run:
                              disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
-                torch.compiler.cudagraph_mark_step_begin()      # what graphs gave before may go
+                if self.args.compile:                   # what CUDA graphs gave before may go
+                    torch.compiler.cudagraph_mark_step_begin()
                 yield self.step
                 self.step += 1
                 self.bar.update()
@@ -907,7 +908,8 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     """
     args, classes, begun = run.args, scorer.classes, time.monotonic()
     if args.labels:                                         # beside the pictures of all classes
-        prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))[:80]
+        prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
+        prefix = prefix.encode()[:150].decode(errors="ignore")
     for n in steps:
         count = max(args.samples, 80)                       # the picture takes 80
         # Labels in the data's proportions; the first 80, for the picture, run through the classes.

@@ -1,7 +1,7 @@
 """The papers' ablations on `shapes`: rows of one table differ in the options shown and have equal
 updates; those of dmd2.py and add.py start from one teacher. By hand:
 
-    python tests/ablations.py                     # every table: three hours on two cores
+    python tests/ablations.py                     # every table: two and a half hours on two cores
     python tests/ablations.py add-losses --seeds 0,1
     python tests/ablations.py --list              # the commands, to run some of them by yourself
 

@@ -1,5 +1,6 @@
 """The README's pictures and more, into assets/, from the folders of the default runs of the three
-scripts, sampled in all their steps, and of tests/ablations.py. By hand:
+scripts, sampled in all their steps, of the README's further runs, and of tests/ablations.py. By
+hand:
 
     python tests/pictures.py                      # what it can; says which pictures are missing
 """
