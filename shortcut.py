@@ -808,7 +808,7 @@ def main(argv=None):
         x_0 = torch.randn_like(x_1)
         t, d, n = draw_t_d(args.batch, args.k, device)
         if args.cfg != 1:                                   # flow rows alone need the null class
-            drop = torch.rand(args.batch, device=device) < args.label_dropout
+            drop = torch.rand(len(y), device=device) < args.label_dropout
             y = torch.where(drop & (torch.arange(args.batch, device=device) >= n), null_class, y)
         for rows in slices(args, step):
             part = [v[rows] for v in (x_0, x_1, t, d)]
