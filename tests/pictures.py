@@ -5,6 +5,7 @@ hand:
     python tests/pictures.py                      # what it can; says which pictures are missing
 """
 import csv
+import math
 import pathlib
 import sys
 import textwrap
@@ -34,6 +35,50 @@ def strip(name, rows, columns=10):
         draw.text((MARGIN - 8, i * CELL + CELL / 2 + 2), label, (235, 235, 235), font, "rm",
                   align="right")
     picture.save(ASSETS / f"{name}.png", optimize=True)
+    print(f"{name}: {(ASSETS / f'{name}.png').stat().st_size / 1000:.0f} kB")
+
+
+def curve(folder, calls):
+    """-> (minutes of training, distance) of a run's running mean, whenever it was scored."""
+    log, scores = (list(csv.DictReader((folder / name).read_text().splitlines()))
+                   for name in ("log.csv", "scores.csv"))
+    minutes = {row["step"]: float(row["seconds"]) / 60 for row in log}
+    return sorted({minutes[row["step"]]: float(row["value"]) for row in scores
+                   if row["nfe"] == str(calls) and row["who"].endswith("ema")}.items())
+
+
+def chart(name, curves):
+    """Save assets/NAME.png: the distance, on a log scale, against minutes; of each (label, colour,
+    line width, run folder, calls)."""
+    missing = [str(folder) for *_, folder, _ in curves if not (folder / "scores.csv").exists()]
+    if missing:
+        print(f"{name}: no {missing[0]}")
+        return
+    lines = [(*how, curve(folder, calls)) for *how, folder, calls in curves]
+    minutes, distances = zip(*(point for *_, line in lines for point in line))
+    low, high, longest = min(distances) / 1.1, max(distances) * 1.1, max(minutes)
+    left, top, width, height = 110, 60, 1440, 720           # twice its size: halved, it is smooth
+    x = lambda v: left + width * v / longest
+    y = lambda v: top + height * math.log(high / v) / math.log(high / low)
+    picture = Image.new("RGB", (left + width + 300, top + height + 110), "white")
+    draw, font, grey = ImageDraw.Draw(picture), ImageFont.load_default(28), (225, 225, 225)
+    for v in range(0, math.ceil(longest), 5):
+        draw.line([(x(v), y(low)), (x(v), y(high))], grey, 2)
+        draw.text((x(v), y(low) + 12), str(v), "black", font, "mt")
+    for v in (n * 10 ** e for e in range(-3, 3) for n in (1, 2, 5)):
+        if low < v < high:
+            draw.line([(x(0), y(v)), (x(longest), y(v))], grey, 2)
+            draw.text((x(0) - 12, y(v)), f"{v:g}", "black", font, "rm")
+    draw.text((x(longest / 2), y(low) + 60), "minutes of training", "black", font, "mt")
+    draw.text((12, 10), "FD-random", "black", font)
+    for label, colour, thick, line in lines:
+        places = [(x(v), y(distance)) for v, distance in line]
+        draw.line(places, colour, thick, "curve")
+        for place in places:
+            draw.circle(place, thick + 2, colour)
+        draw.text((places[-1][0] + 16, places[-1][1]), label, colour, font, "lm")
+    half = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+    half.quantize(64).save(ASSETS / f"{name}.png", optimize=True)
     print(f"{name}: {(ASSETS / f'{name}.png').stat().st_size / 1000:.0f} kB")
 
 
@@ -85,6 +130,18 @@ def progress():
     strip("progress", rows)
 
 
+def over_time():
+    """What each method's distance was when, of default runs that were scored on the way."""
+    chart("over-time", [
+        (f"{name}, {calls} call" + "s" * (calls > 1), colour, 9 - 2 * calls, RUNS / folder, calls)
+        for name, colour, folder, counts in (
+            ("shortcut", (60, 110, 220), "shortcut-shapes", (1, 4)),
+            ("DMD2", (215, 110, 20), "dmd2-shapes", (1,)),
+            ("DMD2", (150, 80, 170), "four", (4,)),
+            ("ADD", (40, 150, 70), "add-shapes", (1, 4)))
+        for calls in counts])
+
+
 def tables():
     """The rows of the ablations, in one call (in four, where it is about them); of two noises where
     that is what they differ in."""
@@ -98,4 +155,5 @@ def tables():
 if __name__ == "__main__":
     few_calls()
     progress()
+    over_time()
     tables()

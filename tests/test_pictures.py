@@ -55,3 +55,21 @@ def test_progress_is_a_tenth_three_tenths_and_the_end(folders, capsys):
         path.unlink()
     pictures.progress()
     assert "progress: no" in capsys.readouterr().out
+
+
+def test_a_chart_has_the_distances_of_the_mean_at_the_minutes_of_training(folders, capsys):
+    run = folders / "runs" / "some"
+    pictures.chart("chart", [("some", (255, 0, 0), 7, run, 1)])
+    assert "chart: no" in capsys.readouterr().out and not (folders / "chart.png").exists()
+    run.mkdir(parents=True)
+    (run / "log.csv").write_text("step,seconds\n50,60\n100,120\n150,240\n")
+    (run / "scores.csv").write_text(
+        "step,nfe,who,value\n50,1,some ema,1\n50,4,some ema,7\n150,35,teacher ema,0.1\n"
+        "100,1,some ema,0.1\n150,1,some,5\n150,1,some ema,9\n150,1,some ema,0.01\n")
+    assert pictures.curve(run, 1) == [(1, 1), (2, 0.1), (4, 0.01)]          # of the last scoring
+    pictures.chart("chart", [("some", (255, 0, 0), 7, run, 1)])
+    image = Image.open(folders / "chart.png").convert("RGB")
+    left, middle, right = (next(y for y in range(image.height) if image.getpixel((x, y))[1] < 50)
+                           for x in (55 + 180, 55 + 360, 55 + 720))         # half of the picture's
+    assert abs((right - middle) - (middle - left)) <= 2     # a straight line in the logarithm
+    assert image.getpixel((55 + 72, left))[1] > 50          # and nothing before the first minute
