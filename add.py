@@ -21,7 +21,9 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * the frozen feature network is by default the teacher's own encoder, which sees the images with
     some noise and the null label (LADD, 2403.12015), not DINOv2, which is a download;
   * the heads have no norm where StyleGAN-T's have its local batch norm, 3x3 convolutions on
-    feature maps where it has 1-d ones on tokens, and are averaged over places and images;
+    feature maps where it has 1-d ones on tokens, and are averaged over places and images. There is
+    one for each stage of the encoder, four on a transformer (StyleGAN-T: five, and images are
+    augmented);
   * they are told which call an image is of (--tell-call). If not, the hinge of all calls together
     is content where one call is too dark and another too bright, and a sample drifts with each;
   * c_text is the class, c_img the mean of the feature network's last map of x0 (paper: a separate
@@ -280,6 +282,10 @@ def parse_args(argv=None):
         if not low <= getattr(args, name) < 2 ** 31:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
                             "more")
+    if given.get("inception"):
+        if given.get("features") == "random":
+            raise UserError("--inception: is of no use with --features random")
+        args.features = "inception"
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
     for name in ("lr", "ema", "dropout"):
@@ -293,9 +299,13 @@ def parse_args(argv=None):
     if args.resolution % 2 ** (len(args.mult) - 1):
         raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
                         "times, once between two stages of --mult")
+    stages = [args.resolution >> i for i in range(len(args.mult))]
     for side in args.attention:
-        if side not in [args.resolution >> i for i in range(len(args.mult))]:
-            raise UserError(f"--attention {side}: no stage has that resolution")
+        if side not in stages and (stored or "attention" in given):
+            raise UserError(f"--attention {side}: no stage has that resolution; expected some of "
+                            f"{show(stages)}, or none")
+        if side not in stages:                              # the preset's, of other stages
+            args.attention = (stages[-1],)
     check_method(args)
     if not args.steps:
         raise UserError("--steps: needs a number")
@@ -339,9 +349,10 @@ def set_up(args):
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            # Long enough for one that writes or scores. One that is killed is missed at once.
+            # Long enough for one that downloads, writes or scores. One that is killed is missed
+            # at once.
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
-                                           "gloo", timeout=datetime.timedelta(minutes=10))
+                                           "gloo", timeout=datetime.timedelta(hours=1))
         except (RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())[:120]
             raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
@@ -664,7 +675,7 @@ def read_checkpoint(folder):
             continue
         except Exception as error:                          # torch raises all sorts on a bad file
             wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
-            if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+            if isinstance(error, OSError) or fid.out_of_memory(error):
                 break                                       # nothing is wrong with the file
     raise UserError(f"{wrong}; give another --out, or move the checkpoints away to train anew")
 
@@ -847,7 +858,8 @@ class Run:
     def read_csv(self, name):
         path = self.folder / name
         try:
-            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            rows = list(csv.DictReader(text.splitlines()))
             if all(row["step"].isdecimal() for row in rows):
                 return rows
         except (OSError, ValueError, LookupError, AttributeError, csv.Error):
@@ -856,7 +868,7 @@ class Run:
 
     def write_csv(self, name, rows):
         def write(path):
-            with open(path, "w", newline="") as file:
+            with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
                 writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
                 writer.writeheader()
                 writer.writerows(rows)
@@ -1256,7 +1268,9 @@ if __name__ == "__main__":
             time.sleep(2)                                   # if not, it is this one's own trouble
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not fid.out_of_memory(error):
+            raise
         print(f"{METHOD}.py: out of memory; give --accumulate or --checkpoint-activations, or "
               "fewer --channels and another --out",
               file=sys.stderr)

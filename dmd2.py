@@ -50,7 +50,8 @@ Departs from the paper in:
   * its labels are those of the batch of real images; official: uniform. Real images are mirrored
     where the preset says so; official: never;
   * elsewhere the head sits on the encoder's last features, as in the official code (paper: middle
-    block);
+    block). At 32x32 the GAN weighs 6e-3, twice what it does at 64x64 (paper: 3e-3): Eq. 2, a mean
+    over pixels, has twice the gradient at an image of half the side;
   * the multi-step generator (in the paper of SDXL) is in pixels, too. Its calls after the first are
     at SDXL's levels in units of the data's deviation, 2.0, 0.81 and 0.35: EDM's table has as little
     as 0.17 at the index of the last, where nothing is left to draw. Each call has its share of the
@@ -327,6 +328,10 @@ def parse_args(argv=None):
         if not low <= getattr(args, name) < 2 ** 31:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
                             "more")
+    if given.get("inception"):
+        if given.get("features") == "random":
+            raise UserError("--inception: is of no use with --features random")
+        args.features = "inception"
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
     for name in ("lr", "ema", "dropout"):
@@ -340,9 +345,13 @@ def parse_args(argv=None):
     if args.resolution % 2 ** (len(args.mult) - 1):
         raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
                         "times, once between two stages of --mult")
+    stages = [args.resolution >> i for i in range(len(args.mult))]
     for side in args.attention:
-        if side not in [args.resolution >> i for i in range(len(args.mult))]:
-            raise UserError(f"--attention {side}: no stage has that resolution")
+        if side not in stages and (stored or "attention" in given):
+            raise UserError(f"--attention {side}: no stage has that resolution; expected some of "
+                            f"{show(stages)}, or none")
+        if side not in stages:                              # the preset's, of other stages
+            args.attention = (stages[-1],)
     check_method(args)
     if not args.steps:
         raise UserError("--steps: needs a number")
@@ -386,9 +395,10 @@ def set_up(args):
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            # Long enough for one that writes or scores. One that is killed is missed at once.
+            # Long enough for one that downloads, writes or scores. One that is killed is missed
+            # at once.
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
-                                           "gloo", timeout=datetime.timedelta(minutes=10))
+                                           "gloo", timeout=datetime.timedelta(hours=1))
         except (RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())[:120]
             raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
@@ -640,7 +650,7 @@ def read_checkpoint(folder):
             continue
         except Exception as error:                          # torch raises all sorts on a bad file
             wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
-            if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+            if isinstance(error, OSError) or fid.out_of_memory(error):
                 break                                       # nothing is wrong with the file
     raise UserError(f"{wrong}; give another --out, or move the checkpoints away to train anew")
 
@@ -823,7 +833,8 @@ class Run:
     def read_csv(self, name):
         path = self.folder / name
         try:
-            rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            rows = list(csv.DictReader(text.splitlines()))
             if all(row["step"].isdecimal() for row in rows):
                 return rows
         except (OSError, ValueError, LookupError, AttributeError, csv.Error):
@@ -832,7 +843,7 @@ class Run:
 
     def write_csv(self, name, rows):
         def write(path):
-            with open(path, "w", newline="") as file:
+            with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
                 writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
                 writer.writeheader()
                 writer.writerows(rows)
@@ -1279,7 +1290,9 @@ if __name__ == "__main__":
             time.sleep(2)                                   # if not, it is this one's own trouble
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not fid.out_of_memory(error):
+            raise
         print(f"{METHOD}.py: out of memory; give --accumulate or --checkpoint-activations, or "
               "fewer --channels and another --out",
               file=sys.stderr)

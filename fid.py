@@ -54,6 +54,13 @@ class LostProcess(UserError):
     """Of several processes that train together another one is no longer there."""
 
 
+def out_of_memory(error):
+    """Whether an exception says so: of the CPU's memory PyTorch raises a plain RuntimeError."""
+    says = "out of memory", "not enough memory", "can't allocate memory"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
+                                              and any(s in str(error) for s in says))
+
+
 class Images(typing.NamedTuple):
     """A data set, in memory or mapped from the disk.
 
@@ -899,6 +906,8 @@ def parse_args(argv=None):
              "--inception: is of no use with --features random"),
             (same(args.save_stats, args.samples) or same(args.save_stats, args.stats),
              f"--save-stats {args.save_stats}: would replace what is to be read"),
+            (args.save_stats and os.path.isdir(args.save_stats),
+             f"--save-stats {args.save_stats}: is a folder; expected a file"),
             (args.save_stats and not os.access(parent, os.W_OK),
              f"--save-stats {args.save_stats}: cannot be written into {parent}")]:
         if wrong:
@@ -982,7 +991,9 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"fid.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         print("fid.py: out of memory; give --device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

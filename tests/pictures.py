@@ -137,7 +137,6 @@ def over_time():
         for name, colour, folder, counts in (
             ("shortcut", (60, 110, 220), "shortcut-shapes", (1, 4)),
             ("DMD2", (215, 110, 20), "dmd2-shapes", (1,)),
-            ("DMD2", (150, 80, 170), "four", (4,)),
             ("ADD", (40, 150, 70), "add-shapes", (1, 4)))
         for calls in counts])
 

@@ -350,6 +350,8 @@ def test_the_heads_learn_to_tell_and_weights_weigh(small, monkeypatch, tmp_path)
                                                                        "--disc-lr", "1e-2")
     assert plain[-1]["loss_disc"] < plain[0]["loss_disc"] < 4       # two heads at chance: 4
     assert damped[-1]["loss_disc"] > plain[-1]["loss_disc"] and damped[-1]["d_real"] < 1
+    felt = run("felt", "--r1", "1e-6", "--disc-lr", "1e-2")
+    assert damped[-1]["r1"] < 0.5 * felt[-1]["r1"]          # what is penalised becomes less
     one, two = (run(f"{name}", "--disc-lr", "1e-9", "--distill-weight", str(weight),
                     "--adv-weight", str(weight))[0] for name, weight in (("one", 1), ("two", 2)))
     for name in "grad_adv", "grad_distill":

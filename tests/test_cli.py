@@ -247,6 +247,8 @@ MISTAKES = [                                                # of any of the scri
     ("--features vgg", "--features: invalid choice"),
     ("--inception nowhere.pth --features inception", "--inception nowhere.pth: cannot be read"),
     ("--inception README.md --features inception", "README.md: not the FID weights"),
+    ("--inception README.md", "README.md: not the FID weights"),            # not ignored
+    ("--inception README.md --features random", "--inception: is of no use with --features random"),
     ("--out README.md/run", "--out README.md/run: cannot be made"),
     ("--out FULL", "--out FULL: is no run folder and not empty"),
     ("--out OTHER", "OTHER: holds a run of other.py"),
@@ -272,7 +274,8 @@ SHORTCUTS = [
     ("--steps 3", "--steps 3: a shortcut model jumps in 1, 2, 4"),
     ("--weight-decay -1", "--weight-decay -1.0: expected at least 0"),
     ("--k 1", "--k 1.0: is a share of the batch, from 0 to"),
-    ("--k nan", "--k nan: is a share of the batch")]
+    ("--k nan", "--k nan: is a share of the batch"),
+    ("--cfg 2 --label-dropout 0", "--cfg 2.0: needs the null label to be learned")]
 ALL = [(method, *mistake) for method in ("shortcut", "dmd2", "add") for mistake in
        MISTAKES + (SHORTCUTS if method == "shortcut" else TEACHERS)]
 
@@ -371,6 +374,15 @@ def test_downsampled_imagenet_trains_as_the_same_images_do(tmp_path, monkeypatch
     for name, data in ("a", str(tmp_path / "set")), ("b", "shapes"):
         shortcut.main([*line, "--data", data, "--out", str(tmp_path / name), "--samples", "0"])
     assert len(seen) == 4 and torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
+
+
+@pytest.mark.parametrize("script", [shortcut, dmd2, add])
+def test_attention_of_a_preset_moves_to_a_stage_that_is_there(script, tmp_path):
+    parse = lambda *line: script.parse_args(["--data", str(tmp_path), *line]).attention
+    assert parse() == (8,) and parse("--resolution", "64") == (16,)
+    assert parse("--mult", "1,2", "--blocks", "1,1") == (16,)
+    with pytest.raises(fid.UserError, match="--attention 8: no stage .* expected some of 64,32,16"):
+        parse("--resolution", "64", "--attention", "8")
 
 
 def test_a_folder_called_shapes_is_a_folder(tmp_path, monkeypatch):

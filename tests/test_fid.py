@@ -493,6 +493,7 @@ def test_the_command_refuses_in_one_line(few_shapes, tmp_path):
              ([ok, "--stats", "s.npz", "--resolution", "32"], "--data, which is not given"),
              ([ok, *shapes, "--inception", "w.pth"], "of no use"),
              ([ok, *shapes, "--save-stats", ok], "would replace"),
+             ([ok, *shapes, "--save-stats", tmp_path / "empty"], "is a folder"),
              (["--data", str(tmp_path / "mixed"), "--save-stats", "s.npz"], "of one size"),
              ([tmp_path / "zip.npz", *shapes], "not all of it is arrays"),
              ([tmp_path / "nothing.npy", *shapes], "[30, 0, 0, 3]"),

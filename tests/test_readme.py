@@ -60,6 +60,17 @@ def test_a_command_runs(command, tmp_path, monkeypatch):
     assert all((pathlib.Path(args.out) / f"{stem}-{n}step.png").exists() for n in args.steps)
 
 
+@pytest.mark.parametrize("command", [c for c in SCRIPTS if "cifar10" in c and "--channels" in c])
+def test_a_cifar10_line_is_the_run_of_the_folder_that_was_measured(command, tmp_path):
+    """Its numbers are those of a folder of JPEG files, which has another preset."""
+    name, argv = re.search(r"python (shortcut|dmd2|add)\.py(.*)", command).groups()
+    script, argv = dict(shortcut=shortcut, dmd2=dmd2, add=add)[name], shlex.split(argv)
+    printed = script.parse_args(argv)
+    measured = script.parse_args([str(tmp_path) if v == "cifar10" else v for v in argv])
+    differ = {key for key, value in vars(printed).items() if vars(measured)[key] != value}
+    assert differ == {"data", "out"}
+
+
 def test_the_commands_of_fid_run(tmp_path, monkeypatch, capsys):
     """As printed and in that order, with random features: Inception's are a download."""
     monkeypatch.chdir(tmp_path)

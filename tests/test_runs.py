@@ -1,5 +1,6 @@
 """Runs that cannot be lost: checkpoints in pairs, kills, a full disk, several processes,
 micro-batches; real processes, at tiny sizes."""
+import argparse
 import csv
 import importlib
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import fid
+import shortcut
 from conftest import assert_same
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -259,14 +261,23 @@ def test_a_checkpoint_of_another_run_is_an_error_and_is_not_set_aside(change, me
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_broken_one(tmp_path, monkeypatch):
+def no_memory(*args, **kwargs):
+    return torch.empty(10 ** 15)                            # a plain RuntimeError
+
+
+def forbidden(*args, **kwargs):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("load, message", [(forbidden, "Permission denied"),
+                                           (no_memory, "can't allocate memory")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_broken_one(load, message, tmp_path,
+                                                                            monkeypatch):
     out = tmp_path / "run"
     for step in 1, 2:
         stop_at(monkeypatch, "shortcut", step, out, "--iters", 3)
-    def forbidden(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-    with monkeypatch.context() as patch, pytest.raises(fid.UserError, match="Permission denied"):
-        patch.setattr(torch, "load", forbidden)
+    with monkeypatch.context() as patch, pytest.raises(fid.UserError, match=message):
+        patch.setattr(torch, "load", load)
         run("shortcut", out, "--iters", 3)
     assert state(out)["step"] == 2 and not (out / "checkpoint-broken.pt").exists()
 
@@ -481,3 +492,29 @@ def test_a_training_begun_anew_leaves_no_old_scores(tmp_path):
         assert steps == [2, 4, 5]
         for path in tmp_path.glob("checkpoint*.pt"):
             path.unlink()
+
+
+@pytest.mark.parametrize("name", ["b\u00fccher", "undecodable \udcff"])
+def test_scores_of_data_of_any_name(name, tmp_path):
+    """Whatever the machine's encoding is, and without a traceback after the training."""
+    run("shortcut", tmp_path / "run", "--iters", 1)
+    holder = argparse.Namespace(folder=tmp_path / "run")
+    holder.write = lambda *args: shortcut.Run.write(holder, *args)
+    shortcut.Run.write_csv(holder, "scores.csv", [dict(step="1", data=name)])
+    assert b"\xc3\xbc" in (tmp_path / "run" / "scores.csv").read_bytes() or "\udcff" in name
+    rows = shortcut.Run.read_csv(holder, "scores.csv")
+    assert rows == [dict(step="1", data=name.replace("\udcff", "?"))]
+
+
+@pytest.mark.parametrize("script", ["shortcut", "dmd2", "add", "fid"])
+def test_too_little_memory_on_a_cpu_is_one_line(script, tmp_path):
+    code = ("import runpy, sys, torch\n"
+            "torch.linspace = torch.randint = lambda *args, **kwargs: torch.empty(10 ** 15)\n"
+            "sys.argv = sys.argv[1:]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    line = ["--save-stats", "stats.npz"] if script == "fid" else ["--out", "run"]
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / f"{script}.py"), "--data",
+                           "shapes", "--device", "cpu", *line], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"{script}.py: out of memory; give --" in done.stderr
