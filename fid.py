@@ -56,7 +56,7 @@ class LostProcess(UserError):
 
 def out_of_memory(error):
     """Whether an exception says so: of the CPU's memory PyTorch raises a plain RuntimeError."""
-    says = "out of memory", "not enough memory", "can't allocate memory"
+    says = "out of memory", "not enough memory", "can't allocate memory", "bad_alloc"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
                                               and any(s in str(error) for s in says))
 
