@@ -133,7 +133,7 @@ def progress():
 def over_time():
     """What each method's distance was when, of default runs that were scored on the way."""
     chart("over-time", [
-        (f"{name}, {calls} call" + "s" * (calls > 1), colour, 9 - 2 * calls, RUNS / folder, calls)
+        (f"{name}, {calls} call" + "s" * (calls > 1), colour, 8 - calls, RUNS / folder, calls)
         for name, colour, folder, counts in (
             ("shortcut", (60, 110, 220), "shortcut-shapes", (1, 4)),
             ("DMD2", (215, 110, 20), "dmd2-shapes", (1,)),
