@@ -189,230 +189,6 @@ def check_method(args):
                         "learn from")
 
 
-# ---- common: arguments ---------------------------------------------------------------------------
-
-KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
-# The options that may differ from call to call of one run.
-FREE = ("steps teacher_steps samples score_every labels features inception device compile "
-        "accumulate checkpoint_activations npz out").split()
-CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
-
-
-def numbers(text):
-    return () if text == "none" else tuple(map(int, text.split(",")))
-
-
-def show(value):
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-def refuse(message):                                    # argparse would print its usage, and exit
-    raise UserError(message)
-
-
-def parse_args(argv=None):
-    """What was given, over what an existing run was trained with, over the data set's preset."""
-    parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error, defaults = refuse, {}
-
-    def add(flag, default=None, help="", **kwargs):
-        name = flag[2:].replace("-", "_")
-        defaults[name] = PRESETS.get(name, (default,) * len(KINDS))
-        if name in PRESETS:
-            columns = zip(KINDS, PRESETS[name])
-            help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default not in (None, False, ()):
-            help += f" [{show(default)}]"
-        parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
-
-    add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
-    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
-        "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
-    add("--out", help=f"run folder [runs/{METHOD}-DATA]")
-    add("--iters", type=int, help="length of the training, of its last phase")
-    add("--batch", type=int, help="images per update, of all processes together")
-    add("--accumulate", type=int, default=1, help="micro-batches to an update, to save memory")
-    add("--checkpoint-activations", action="store_true", default=False,
-        help="compute them twice, to save more memory")
-    add("--lr", type=float, help="peak learning rate")
-    add("--ema", type=float, help="decay of the running mean of the weights")
-    add("--seed", type=int, default=0, help="of the weights, the training and the samples")
-    add("--device", default="auto", help="cpu, cuda, mps")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
-        help="auto: bf16 where the hardware is fast at it")
-    add("--compile", action="store_true", default=False, help="torch.compile the networks")
-    add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
-    add("--score-every", type=int, default=0,
-        help="score also every so many updates of the last phase; 0: never")
-    add("--labels", help="classes to draw, a comma list of names or numbers")
-    add("--features", choices=["auto", "inception", "random"],
-        help="what to score with; auto: inception where its weights can be had")
-    add("--inception", help="path of the Inception weights")
-    add("--npz", action="store_true", default=False, help="keep the samples as samples-Nstep.npz")
-    add("--resolution", type=int, help="side of the images")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
-    add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
-    add("--mult", type=numbers, help="width of each stage, in --channels; each halves the side")
-    add("--blocks", type=numbers, help="residual blocks of each stage")
-    add("--attention", type=numbers, help="resolutions with self-attention, or none")
-    add("--dropout", type=float, help="in the residual blocks")
-    method_options(add)
-    given = vars(parser.parse_args(argv))
-
-    if given.get("data", "shapes") not in KINDS[:2]:                # imgs, imgs/ and ./imgs are one
-        path = str(pathlib.Path(given["data"]))
-        given["data"] = f"./{path}" if path in KINDS[:2] else path
-    name = pathlib.Path(given.get("data", "shapes")).resolve().name
-    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
-    stored = stored_args(folder)
-    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
-    if stored and given.get("precision") == "auto":         # what it came to is stored
-        del given["precision"]
-    args = {name: values[kind] for name, values in defaults.items()}
-    args |= {name: value for name, value in stored.items() if name not in FREE}
-    for name, value in given.items():
-        if stored and name not in FREE and args[name] != value:
-            raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
-                            f"{show(args[name])}, not {show(value)}; give another --out")
-    args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
-
-    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
-                          channels=16, resolution=8).items():
-        if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
-                            "more")
-    if given.get("inception"):
-        if given.get("features") == "random":
-            raise UserError("--inception: is of no use with --features random")
-        args.features = "inception"
-    if args.samples == 1:
-        raise UserError("--samples 1: has no covariance; give 0, or at least 2")
-    for name in ("lr", "ema", "dropout"):
-        value = getattr(args, name)
-        if not 0 <= value < 1 or name == "lr" and value == 0:
-            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
-    if args.channels % 16:
-        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
-    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
-        raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
-    if args.resolution % 2 ** (len(args.mult) - 1):
-        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
-                        "times, once between two stages of --mult")
-    stages = [args.resolution >> i for i in range(len(args.mult))]
-    for side in args.attention:
-        if side not in stages and (stored or "attention" in given):
-            raise UserError(f"--attention {side}: no stage has that resolution; expected some of "
-                            f"{show(stages)}, or none")
-        if side not in stages:                              # the preset's, of other stages
-            args.attention = (stages[-1],)
-    check_method(args)
-    if not args.steps:
-        raise UserError("--steps: needs a number")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "teacher_batch"):
-        if getattr(args, name, 0) % (world * args.accumulate):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
-                            f"multiple of {world} processes x --accumulate {args.accumulate}")
-    return args
-
-
-def stored_args(folder):
-    """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
-    path = folder / "args.json"
-    try:
-        if not path.exists():
-            ours = "progress", "pairs.npz", ".pairs.npz", ".args.json"      # of a start that failed
-            if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
-                raise UserError(f"--out {folder}: is no run folder and not empty; give another")
-            return {}
-        stored = json.loads(path.read_text())["args"]
-        stored = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
-    if stored.get("method") != METHOD:
-        raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
-    return stored if any((folder / name).exists() for name in CHECKPOINTS) else {}
-
-
-def set_up(args):
-    """-> the device, and the autocast context that networks run in. Settles args.precision.
-
-    Under torchrun, joins its processes: each has a device and a part of every batch of its own.
-    """
-    device = fid.pick_device(args.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
-                              if device.type == "cuda" else None)
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            # Long enough for one that downloads, writes or scores. One that is killed is missed
-            # at once.
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
-                                           "gloo", timeout=datetime.timedelta(hours=1))
-        except (RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())[:120]
-            raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
-        if fid.processes()[0]:
-            sys.stdout = open(os.devnull, "w")              # process 0 speaks for all
-    if args.precision == "auto":
-        has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
-        fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
-                    cuda=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)
-        args.precision = "bf16" if fast.get(device.type) else "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def expand(t):
-    return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
-
-
-def draw_batch(pixels, labels, n, flip):
-    """n random images [n, 3, R, R] in [-1, 1], mirrored at random if `flip`, and their labels [n];
-    on the device of `labels` [N], wherever the `pixels` [N, 3, R, R] are."""
-    i = torch.randint(len(pixels), (n,), device=labels.device)
-    x = from_uint8(pixels[i.to(pixels.device)].to(labels.device))
-    if flip:
-        x = torch.where(expand(torch.rand(n, device=x.device) < 0.5), x.flip(3), x)
-    return x, labels[i]
-
-
-def slices(args, step=None):
-    """The rows of a batch that are this process's: a slice for each micro-batch.
-
-    All processes draw the same batch, noise and all, so that how it is shared out does not matter.
-    step: given where there is dropout, which must differ from slice to slice.
-    """
-    (rank, world), seed = fid.processes(), args.seed * 1_000_003
-    parts = world * args.accumulate
-    for part in range(rank, parts, world):
-        if step is not None and parts > 1:
-            torch.manual_seed((seed + step) * parts + part)
-        yield slice(part, None, parts)
-
-
-def mean_and_clip(params):
-    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
-    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
-    if world > 1:                                           # in one message
-        flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
-        for p, mean in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(mean.view_as(p))
-    return nn.utils.clip_grad_norm_(params, 1.0)
-
-
-def warmup_cosine(opt, iters, end=0.0):
-    """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
-    warmup = min(100, iters // 10 + 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup)
-        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
-
-
 # ---- schedule ------------------------------------------------------------------------------------
 
 def vp_schedule():
@@ -659,336 +435,6 @@ def simulated(student, eps, y, k, taus):
             x_hat = student(x[rows], torch.full_like(then, taus[i]), y[rows])
             x[rows] = student.noised(x_hat, then, eps[i - 1, rows])
     return x
-
-
-# ---- common: the run folder ----------------------------------------------------------------------
-
-def read_checkpoint(folder):
-    """-> a run's newest checkpoint that can be read, its path, and what is wrong with a newer."""
-    wrong = None
-    for path in (folder / name for name in CHECKPOINTS):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state["method"], state["step"], state["data"]
-            return state, path, wrong
-        except FileNotFoundError:                           # killed between two renamings
-            continue
-        except Exception as error:                          # torch raises all sorts on a bad file
-            wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
-            if isinstance(error, OSError) or fid.out_of_memory(error):
-                break                                       # nothing is wrong with the file
-    raise UserError(f"{wrong}; give another --out, or move the checkpoints away to train anew")
-
-
-class Run:
-    """A run folder: arguments, log, checkpoint and pictures, and the signals that end a run.
-
-    modules: by name, all that a resumed training must find as it was. There is no random state to
-    keep: each step seeds the generators by (seed, step).
-    """
-
-    def __init__(self, args, device, images, modules):
-        self.args, self.device, self.modules = args, device, modules
-        self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
-        self.data = [len(images.labels), *images.classes]   # another data set is another run
-        self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
-        self.seconds = 0.0                                  # of training, until the last row
-        try:
-            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
-        if any((self.folder / name).exists() for name in CHECKPOINTS):
-            self.load()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        """Training ends after its step, anything else now; a second signal ends that as well."""
-        signal.signal(number, signal.SIG_DFL)
-        self.signal = number
-        if not self.training:
-            kept = "; the training is kept, the same command uses it" * (self.step > 0)
-            print(f"\nstopped{kept}")
-            sys.exit(128 + number)
-
-    def write(self, name, write):
-        """Write a file by write(path), under a temporary name: whole or not at all.
-
-        Process 0 does, and the others wait. Of checkpoints the last is kept too: wherever a kill
-        comes between the lines, one of the two is there and whole.
-        """
-        path = self.folder / name
-        temporary = path.with_name(f".{path.name}")     # keeps the ending, which says the format
-        try:
-            if fid.processes()[0] == 0:
-                write(temporary)
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
-                if name == CHECKPOINTS[0] and path.exists():
-                    os.replace(path, self.folder / CHECKPOINTS[1])
-                os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
-                            "what was there is kept") from None
-        fid.gather(torch.zeros(1))
-
-    def save(self):
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= dict(method=METHOD, step=self.step, data=self.data)
-        self.write(CHECKPOINTS[0], lambda path: torch.save(state, path))
-
-    def load(self):
-        state, path, wrong = read_checkpoint(self.folder)
-        try:
-            if state["method"] != METHOD:
-                raise UserError(f"is of {state['method']}.py")
-            if state["data"] != self.data:
-                raise UserError(f"is of other data: {state['data'][0]} images, now {self.data[0]}, "
-                                f"{len(state['data']) - 1} classes, now {len(self.data) - 1}, "
-                                "or other names of classes")
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = state["step"]
-            if wrong and fid.processes()[0] == 0:
-                os.replace(self.folder / CHECKPOINTS[0], self.folder / "checkpoint-broken.pt")
-                print(f"{wrong}; it is now checkpoint-broken.pt, and {path.name}, of step "
-                      f"{self.step}, is used", flush=True)
-        except Exception as error:                          # torch raises all sorts on a bad file
-            why = error if isinstance(error, UserError) else f"does not load: {error!r}"
-            raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
-                            "give another --out, or move the checkpoints away to train anew"
-                            ) from None
-
-    def begin(self, what, end):
-        """Before the first step of a process: record it, and cut log and scores back to it."""
-        self.lock = contextlib.nullcontext()
-        try:
-            self.lock = open(self.folder / "progress" / "lock", "w")
-            if fcntl and fid.processes()[0] == 0:           # until it is closed
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is training there; wait for it, or "
-                            "give another --out") from None
-        except OSError:                                     # a file system without locks
-            pass
-        try:
-            git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
-                                 text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
-        except OSError:                                     # no git on this machine
-            git = ""
-        cuda = self.device.type == "cuda"
-        hardware = torch.cuda.get_device_name(self.device) if cuda else \
-            f"{platform.machine()} {self.device}, {torch.get_num_threads()} threads"
-        if fid.processes()[1] > 1:
-            hardware = f"{fid.processes()[1]} x {hardware}"
-        about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
-                     python=platform.python_version(), torch=torch.__version__)
-        self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
-        self.rows, scores = ([row for row in self.read_csv(name) if int(row["step"]) <= self.step]
-                             for name in ("log.csv", "scores.csv"))
-        if scores or (self.folder / "scores.csv").exists():
-            self.write_csv("scores.csv", scores)
-        self.seconds = float(self.rows[-1].get("seconds") or 0) if self.rows else 0.0
-        print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
-              f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
-
-    def steps(self, end, what, images):
-        """Yield the steps up to `end`; after each keep what is due, and stop if a signal came.
-
-        One counter runs through all phases of a training. images: how many a step takes.
-        """
-        if self.step >= end:
-            return
-        self.begin(what, end)
-        self.images = images
-        self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
-        with self.lock, tqdm(total=end, initial=self.step, desc=what, unit="it",
-                             disable=fid.quiet()) as self.bar:
-            while self.step < end:
-                torch.manual_seed(self.args.seed * 1_000_003 + self.step)
-                if self.args.compile:                   # what CUDA graphs gave before may go
-                    torch.compiler.cudagraph_mark_step_begin()
-                yield self.step
-                self.step += 1
-                self.bar.update()
-                # A signal to one process, and the clock of one, are those of all.
-                mine = [self.signal or 0, int(time.monotonic() - saved > 60)]
-                stop, late = fid.gather(torch.tensor(mine)).amax(0).tolist()
-                due = stop or late or self.step == end
-                if due or self.step % 50 == 0:
-                    self.log()                              # first: it refuses what is not finite
-                if due:
-                    self.save()
-                    saved = time.monotonic()
-                    if late and self.bar.disable:           # no bar to watch
-                        print(f"step {self.step} of {end}: kept", flush=True)
-                if stop:
-                    self.bar.close()
-                    print(f"stopped at step {self.step}; the same command goes on from there")
-                    sys.exit(128 + stop)
-        self.training = False
-        if self.signal:                                     # it came with the last checkpoint
-            sys.exit(128 + self.signal)
-
-    def add(self, rows=1, **scalars):
-        """Sum scalars, on the device, for the next row of the log. rows: a mean's weight in it."""
-        for name, value in scalars.items():
-            total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + rows * value, count + rows
-
-    def log(self):
-        """One row of log.csv, means since the last; ends the run if one is not finite."""
-        (then, step), now = self.since, time.monotonic()
-        sums = [[float(total), count] for total, count in self.sums.values()]
-        sums = fid.total(torch.tensor(sums, dtype=torch.float64)).tolist()
-        row = {name: total / n for name, (total, n) in zip(self.sums, sums) if n}
-        row["img_per_s"] = (self.step - step) * self.images / (now - then)
-        self.seconds += now - then
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
-                                "kept. Train anew into another --out, with a lower learning rate")
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
-        self.rows.append(dict(step=self.step, seconds=f"{self.seconds:.1f}") | self.counts
-                         | {n: f"{value:.6g}" for n, value in row.items()})
-        self.sums, self.since = {}, (now, self.step)
-        self.write_csv("log.csv", self.rows)
-
-    def read_csv(self, name):
-        path = self.folder / name
-        try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            rows = list(csv.DictReader(text.splitlines()))
-            if all(row["step"].isdecimal() for row in rows):
-                return rows
-        except (OSError, ValueError, LookupError, AttributeError, csv.Error):
-            pass
-        raise UserError(f"{path}: cannot be read as a table of steps; move it away")
-
-    def write_csv(self, name, rows):
-        def write(path):
-            with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
-                writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
-                writer.writeheader()
-                writer.writerows(rows)
-        self.write(name, write)
-
-
-# ---- common: pictures and scores -----------------------------------------------------------------
-
-def noise_of(samples, args, device="cpu"):
-    """-> noise(), which at each call gives these samples (a range) fresh noise [n, 3, R, R].
-
-    Each sample has a seed of its own: none depends on the batch or the device it is drawn on.
-    """
-    rngs = [torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000_000 + i) for i in samples]
-    shape = 3, args.resolution, args.resolution
-    return lambda: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
-
-
-def classes_to_draw(args, images):
-    """The classes that samples run through in turn [C] int64;
-    the null class where there are none."""
-    if not args.labels:
-        return torch.arange(max(1, len(images.classes)))
-    picked = []
-    for name in map(str.strip, args.labels.split(",")):
-        if name in images.classes:
-            picked.append(images.classes.index(name))
-        elif name.isdecimal() and int(name) < len(images.classes):
-            picked.append(int(name))
-        else:
-            known = ", ".join(images.classes[:12]) or "none"
-            raise UserError(f"--labels {name}: {images.name} has the classes {known}"
-                            + ", ..." * (len(images.classes) > 12))
-    return torch.tensor(picked)
-
-
-def save_grid(run, name, pixels, columns=10):
-    """A picture of uint8 images [N, 3, R, R], row by row, enlarged where they are small."""
-    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2, pad_value=40)
-    scale = max(1, 64 // run.args.resolution)
-    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)
-
-
-class Scorer:
-    """The feature network and the reference statistics: asked for before the training, so that
-    what cannot work is said at once; computed when first needed."""
-
-    def __init__(self, args, device, images):
-        self.args, self.images = args, images
-        self.name = images.name + f" ({args.labels})" * bool(args.labels)
-        self.classes, self.reference = classes_to_draw(args, images), None
-        self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
-        self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
-        if args.samples and len(self.labels) < 2:
-            raise UserError(f"{self.name}: too few images to score against; give --samples 0")
-        self.net = (fid.load_features(args.features, device, args.inception)
-                    if args.samples else None)
-
-    def __call__(self, pixels):
-        """The distance of samples [N, 3, R, R] uint8 to the data."""
-        if self.reference is None:
-            key = None if self.args.labels else self.images.key
-            self.reference = fid.reference(self.net, self.images.pixels[self.wanted], key=key)
-        return fid.distance(fid.statistics(self.net, pixels, "features", shared=True),
-                            self.reference)
-
-
-def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
-    """Sample at each number of steps, save the pictures, score, and print a protocol line each.
-
-    generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
-    """
-    args, classes, begun = run.args, scorer.classes, time.monotonic()
-    if args.labels:                                         # beside the pictures of all classes
-        prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
-        prefix = prefix.encode()[:150].decode(errors="ignore")
-    for n in steps:
-        count = max(args.samples, 80)                       # the picture takes 80
-        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
-        known = scorer.labels if len(scorer.labels) else classes
-        labels = known[torch.arange(count) * len(known) // count]
-        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-        labels[:80] = classes.repeat(10)[:10].repeat(8)
-        # In turn a batch for each process: samples are those of one process, bit for bit.
-        (rank, world), pixels, spent = fid.processes(), [], 0.0
-        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
-                  disable=fid.quiet()) as bar:
-            for first in range(0, count, 256 * world):
-                i, start = first + 256 * rank, time.perf_counter()
-                y = labels[i:i + 256].to(run.device)
-                own = torch.zeros(256, 3, args.resolution, args.resolution, dtype=torch.uint8)
-                if len(y):
-                    noise = noise_of(range(i, i + len(y)), args, run.device)
-                    own[:len(y)] = to_uint8(generate(noise, y, n)).cpu()    # .cpu() waits
-                pixels.append(fid.gather(own).flatten(0, 1))
-                spent += time.perf_counter() - start
-                bar.update(min(256 * world, count - first))
-        pixels = torch.cat(pixels)[:count]
-        save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
-        if args.npz:
-            images = pixels.permute(0, 2, 3, 1).numpy()
-            run.write(f"{prefix}-{n}step.npz",
-                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
-        if not args.samples:
-            continue
-        value, speed = scorer(pixels[:args.samples]), count / spent
-        step = run.step + run.training                      # of the updates done
-        print(f"step {step}: " * run.training
-              + fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
-                             scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
-              flush=True)
-        row = dict(step=step, metric=scorer.net.label, value=value,
-                   samples=args.samples, reference=scorer.reference.n, data=scorer.name,
-                   nfe=nfe(n), who=who, img_per_s=speed)
-        run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
-    if run.training:                                        # the log's time is that of training
-        run.since = run.since[0] + time.monotonic() - begun, run.since[1]
-    else:
-        print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
 # ---- common to add.py and dmd2.py ----------------------------------------------------------------
@@ -1253,6 +699,561 @@ def main(argv=None):
                  lambda n: n if args.cfg == 1 else 2 * n)
     evaluate(run, scorer, sampler(student), args.steps, "student", "raw")
     evaluate(run, scorer, sampler(student_ema.module), args.steps, "student ema")
+
+
+# ---- common: arguments ---------------------------------------------------------------------------
+
+# From here to the end add.py, dmd2.py and shortcut.py have one text: what any run needs.
+
+KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
+# The options that may differ from call to call of one run.
+FREE = ("steps teacher_steps samples score_every labels features inception device compile "
+        "accumulate checkpoint_activations npz out").split()
+CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
+
+
+def numbers(text):
+    return () if text == "none" else tuple(map(int, text.split(",")))
+
+
+def show(value):
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def refuse(message):                                    # argparse would print its usage, and exit
+    raise UserError(message)
+
+
+def parse_args(argv=None):
+    """What was given, over what an existing run was trained with, over the data set's preset."""
+    parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error, defaults = refuse, {}
+
+    def add(flag, default=None, help="", **kwargs):
+        name = flag[2:].replace("-", "_")
+        defaults[name] = PRESETS.get(name, (default,) * len(KINDS))
+        if name in PRESETS:
+            columns = zip(KINDS, PRESETS[name])
+            help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
+        elif default not in (None, False, ()):
+            help += f" [{show(default)}]"
+        parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
+
+    add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
+    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
+        "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
+    add("--out", help=f"run folder [runs/{METHOD}-DATA]")
+    add("--iters", type=int, help="length of the training, of its last phase")
+    add("--batch", type=int, help="images per update, of all processes together")
+    add("--accumulate", type=int, default=1, help="micro-batches to an update, to save memory")
+    add("--checkpoint-activations", action="store_true", default=False,
+        help="compute them twice, to save more memory")
+    add("--lr", type=float, help="peak learning rate")
+    add("--ema", type=float, help="decay of the running mean of the weights")
+    add("--seed", type=int, default=0, help="of the weights, the training and the samples")
+    add("--device", default="auto", help="cpu, cuda, mps")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 where the hardware is fast at it")
+    add("--compile", action="store_true", default=False, help="torch.compile the networks")
+    add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
+    add("--score-every", type=int, default=0,
+        help="score also every so many updates of the last phase; 0: never")
+    add("--labels", help="classes to draw, a comma list of names or numbers")
+    add("--features", choices=["auto", "inception", "random"],
+        help="what to score with; auto: inception where its weights can be had")
+    add("--inception", help="path of the Inception weights")
+    add("--npz", action="store_true", default=False, help="keep the samples as samples-Nstep.npz")
+    add("--resolution", type=int, help="side of the images")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
+    add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
+    add("--mult", type=numbers, help="width of each stage, in --channels; each halves the side")
+    add("--blocks", type=numbers, help="residual blocks of each stage")
+    add("--attention", type=numbers, help="resolutions with self-attention, or none")
+    add("--dropout", type=float, help="in the residual blocks")
+    method_options(add)
+    given = vars(parser.parse_args(argv))
+
+    if given.get("data", "shapes") not in KINDS[:2]:                # imgs, imgs/ and ./imgs are one
+        path = str(pathlib.Path(given["data"]))
+        given["data"] = f"./{path}" if path in KINDS[:2] else path
+    name = pathlib.Path(given.get("data", "shapes")).resolve().name
+    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
+    stored = stored_args(folder)
+    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    if stored and given.get("precision") == "auto":         # what it came to is stored
+        del given["precision"]
+    args = {name: values[kind] for name, values in defaults.items()}
+    args |= {name: value for name, value in stored.items() if name not in FREE}
+    for name, value in given.items():
+        if stored and name not in FREE and args[name] != value:
+            raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
+                            f"{show(args[name])}, not {show(value)}; give another --out")
+    args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
+
+    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
+                          channels=16, resolution=8).items():
+        if not low <= getattr(args, name) < 2 ** 31:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
+                            "more")
+    if given.get("inception"):
+        if given.get("features") == "random":
+            raise UserError("--inception: is of no use with --features random")
+        args.features = "inception"
+    if args.samples == 1:
+        raise UserError("--samples 1: has no covariance; give 0, or at least 2")
+    for name in ("lr", "ema", "dropout"):
+        value = getattr(args, name)
+        if not 0 <= value < 1 or name == "lr" and value == 0:
+            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
+    if args.channels % 16:
+        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
+    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
+        raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
+    if args.resolution % 2 ** (len(args.mult) - 1):
+        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
+                        "times, once between two stages of --mult")
+    stages = [args.resolution >> i for i in range(len(args.mult))]
+    wrong = [side for side in args.attention if side not in stages]
+    if wrong and not stored and "attention" not in given:   # the preset's, of other stages
+        args.attention = (stages[-1],)
+    elif wrong:
+        raise UserError(f"--attention {wrong[0]}: no stage has that resolution; expected some of "
+                        f"{show(stages)}, or none")
+    check_method(args)
+    if not args.steps:
+        raise UserError("--steps: needs a number")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "teacher_batch"):
+        if getattr(args, name, 0) % (world * args.accumulate):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
+                            f"multiple of {world} processes x --accumulate {args.accumulate}")
+    return args
+
+
+def stored_args(folder):
+    """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
+    path = folder / "args.json"
+    try:
+        if not path.exists():
+            ours = "progress", "pairs.npz", ".pairs.npz", ".args.json"      # of a start that failed
+            if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
+                raise UserError(f"--out {folder}: is no run folder and not empty; give another")
+            return {}
+        stored = json.loads(path.read_text())["args"]
+        stored = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
+    if stored.get("method") != METHOD:
+        raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
+    return stored if any((folder / name).exists() for name in CHECKPOINTS) else {}
+
+
+def set_up(args):
+    """-> the device, and the autocast context that networks run in. Settles args.precision.
+
+    Under torchrun, joins its processes: each has a device and a part of every batch of its own.
+    """
+    device = fid.pick_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
+                              if device.type == "cuda" else None)
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # An hour: one may download, write or score. One that is killed is missed at once.
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
+                                           "gloo", timeout=datetime.timedelta(hours=1))
+        except (RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
+        if fid.processes()[0]:
+            sys.stdout = open(os.devnull, "w")              # process 0 speaks for all
+    if args.precision == "auto":
+        has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
+        fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
+                    cuda=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)
+        args.precision = "bf16" if fast.get(device.type) else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def expand(t):
+    return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
+
+
+def draw_batch(pixels, labels, n, flip):
+    """n random images [n, 3, R, R] in [-1, 1], mirrored at random if `flip`, and their labels [n];
+    on the device of `labels` [N], wherever the `pixels` [N, 3, R, R] are."""
+    i = torch.randint(len(pixels), (n,), device=labels.device)
+    x = from_uint8(pixels[i.to(pixels.device)].to(labels.device))
+    if flip:
+        x = torch.where(expand(torch.rand(n, device=x.device) < 0.5), x.flip(3), x)
+    return x, labels[i]
+
+
+def slices(args, step=None):
+    """The rows of a batch that are this process's: a slice for each micro-batch.
+
+    All processes draw the same batch, noise and all, so that how it is shared out does not matter.
+    step: given where there is dropout, which must differ from slice to slice.
+    """
+    (rank, world), seed = fid.processes(), args.seed * 1_000_003
+    parts = world * args.accumulate
+    for part in range(rank, parts, world):
+        if step is not None and parts > 1:
+            torch.manual_seed((seed + step) * parts + part)
+        yield slice(part, None, parts)
+
+
+def mean_and_clip(params):
+    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
+    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
+    if world > 1:                                           # in one message
+        flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
+        for p, mean in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(mean.view_as(p))
+    return nn.utils.clip_grad_norm_(params, 1.0)
+
+
+def warmup_cosine(opt, iters, end=0.0):
+    """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
+    warmup = min(100, iters // 10 + 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min(1, (i + 1) / warmup)
+        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
+
+
+# ---- common: the run folder ----------------------------------------------------------------------
+
+def read_checkpoint(folder):
+    """-> a run's newest checkpoint that can be read, its path, and what is wrong with a newer."""
+    wrong = None
+    for path in (folder / name for name in CHECKPOINTS):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state["method"], state["step"], state["data"]
+            return state, path, wrong
+        except FileNotFoundError:                           # killed between two renamings
+            continue
+        except Exception as error:                          # torch raises all sorts on a bad file
+            wrong = wrong or f"{path}: does not load: {' '.join(repr(error).split())[:200]}"
+            if isinstance(error, OSError) or fid.out_of_memory(error):
+                break                                       # nothing is wrong with the file
+    raise UserError(f"{wrong}; give another --out, or move the checkpoints away to train anew")
+
+
+class Run:
+    """A run folder: arguments, log, checkpoint and pictures, and the signals that end a run.
+
+    modules: by name, all that a resumed training must find as it was. There is no random state to
+    keep: each step seeds the generators by (seed, step).
+    """
+
+    def __init__(self, args, device, images, modules):
+        self.args, self.device, self.modules = args, device, modules
+        self.folder, self.step, self.training, self.signal = pathlib.Path(args.out), 0, False, None
+        self.data = [len(images.labels), *images.classes]   # another data set is another run
+        self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
+        self.seconds = 0.0                                  # of training, until the last row
+        try:
+            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+        if any((self.folder / name).exists() for name in CHECKPOINTS):
+            self.load()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        """Training ends after its step, anything else now; a second signal ends that as well."""
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+        if not self.training:
+            kept = "; the training is kept, the same command uses it" * (self.step > 0)
+            print(f"\nstopped{kept}")
+            sys.exit(128 + number)
+
+    def write(self, name, write):
+        """Write a file by write(path), under a temporary name: whole or not at all.
+
+        Process 0 does, and the others wait. Of checkpoints the last is kept too: wherever a kill
+        comes between the lines, one of the two is there and whole.
+        """
+        path = self.folder / name
+        temporary = path.with_name(f".{path.name}")     # keeps the ending, which says the format
+        try:
+            if fid.processes()[0] == 0:
+                write(temporary)
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                if name == CHECKPOINTS[0] and path.exists():
+                    os.replace(path, self.folder / CHECKPOINTS[1])
+                os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
+                            "what was there is kept") from None
+        fid.gather(torch.zeros(1))
+
+    def save(self):
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= dict(method=METHOD, step=self.step, data=self.data)
+        self.write(CHECKPOINTS[0], lambda path: torch.save(state, path))
+
+    def load(self):
+        state, path, wrong = read_checkpoint(self.folder)
+        try:
+            if state["method"] != METHOD:
+                raise UserError(f"is of {state['method']}.py")
+            if state["data"] != self.data:
+                raise UserError(f"is of other data: {state['data'][0]} images, now {self.data[0]}, "
+                                f"{len(state['data']) - 1} classes, now {len(self.data) - 1}, "
+                                "or other names of classes")
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            self.step = state["step"]
+            if wrong and fid.processes()[0] == 0:
+                os.replace(self.folder / CHECKPOINTS[0], self.folder / "checkpoint-broken.pt")
+                print(f"{wrong}; it is now checkpoint-broken.pt, and {path.name}, of step "
+                      f"{self.step}, is used", flush=True)
+        except Exception as error:                          # torch raises all sorts on a bad file
+            why = error if isinstance(error, UserError) else f"does not load: {error!r}"
+            raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
+                            "give another --out, or move the checkpoints away to train anew"
+                            ) from None
+
+    def begin(self, what, end):
+        """Before the first step of a process: record it, and cut log and scores back to it."""
+        self.lock = contextlib.nullcontext()
+        try:
+            self.lock = open(self.folder / "progress" / "lock", "w")
+            if fcntl and fid.processes()[0] == 0:           # until it is closed
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is training there; wait for it, or "
+                            "give another --out") from None
+        except OSError:                                     # a file system without locks
+            pass
+        try:
+            git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                                 text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
+        except OSError:                                     # no git on this machine
+            git = ""
+        cuda = self.device.type == "cuda"
+        hardware = torch.cuda.get_device_name(self.device) if cuda else \
+            f"{platform.machine()} {self.device}, {torch.get_num_threads()} threads"
+        if fid.processes()[1] > 1:
+            hardware = f"{fid.processes()[1]} x {hardware}"
+        about = dict(args=vars(self.args), command=sys.argv, git=git, hardware=hardware,
+                     python=platform.python_version(), torch=torch.__version__)
+        self.write("args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+        self.rows, scores = ([row for row in self.read_csv(name) if int(row["step"]) <= self.step]
+                             for name in ("log.csv", "scores.csv"))
+        if scores or (self.folder / "scores.csv").exists():
+            self.write_csv("scores.csv", scores)
+        self.seconds = float(self.rows[-1].get("seconds") or 0) if self.rows else 0.0
+        print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
+              f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
+
+    def steps(self, end, what, images):
+        """Yield the steps up to `end`; after each keep what is due, and stop if a signal came.
+
+        One counter runs through all phases of a training. images: how many a step takes.
+        """
+        if self.step >= end:
+            return
+        self.begin(what, end)
+        self.images = images
+        self.training, saved, self.since = True, time.monotonic(), (time.monotonic(), self.step)
+        with self.lock, tqdm(total=end, initial=self.step, desc=what, unit="it",
+                             disable=fid.quiet()) as self.bar:
+            while self.step < end:
+                torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+                if self.args.compile:                   # CUDA graphs may write over their outputs
+                    torch.compiler.cudagraph_mark_step_begin()
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                # A signal to one process, and the clock of one, are those of all.
+                mine = [self.signal or 0, int(time.monotonic() - saved > 60)]
+                stop, late = fid.gather(torch.tensor(mine)).amax(0).tolist()
+                due = stop or late or self.step == end
+                if due or self.step % 50 == 0:
+                    self.log()                              # first: it ends a run gone to NaN
+                if due:
+                    self.save()
+                    saved = time.monotonic()
+                    if late and self.bar.disable:           # no bar to watch
+                        print(f"step {self.step} of {end}: kept", flush=True)
+                if stop:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}; the same command goes on from there")
+                    sys.exit(128 + stop)
+        self.training = False
+        if self.signal:                                     # it came with the last checkpoint
+            sys.exit(128 + self.signal)
+
+    def add(self, rows=1, **scalars):
+        """Sum scalars, on the device, for the next row of the log. rows: a mean's weight in it."""
+        for name, value in scalars.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + rows * value, count + rows
+
+    def log(self):
+        """One row of log.csv, means since the last; ends the run if one is not finite."""
+        (then, step), now = self.since, time.monotonic()
+        sums = [[float(total), count] for total, count in self.sums.values()]
+        sums = fid.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        row = {name: total / n for name, (total, n) in zip(self.sums, sums) if n}
+        row["img_per_s"] = (self.step - step) * self.images / (now - then)
+        self.seconds += now - then
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} is not finite at step {self.step}; the last checkpoint is "
+                                "kept. Train anew into another --out, with a lower learning rate")
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
+        self.rows.append(dict(step=self.step, seconds=f"{self.seconds:.1f}") | self.counts
+                         | {n: f"{value:.6g}" for n, value in row.items()})
+        self.sums, self.since = {}, (now, self.step)
+        self.write_csv("log.csv", self.rows)
+
+    def read_csv(self, name):
+        path = self.folder / name
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            rows = list(csv.DictReader(text.splitlines()))
+            if all(row["step"].isdecimal() for row in rows):
+                return rows
+        except (OSError, ValueError, LookupError, AttributeError, csv.Error):
+            pass
+        raise UserError(f"{path}: cannot be read as a table of steps; move it away")
+
+    def write_csv(self, name, rows):
+        def write(path):
+            with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
+                writer.writeheader()
+                writer.writerows(rows)
+        self.write(name, write)
+
+
+# ---- common: pictures and scores -----------------------------------------------------------------
+
+def noise_of(samples, args, device="cpu"):
+    """-> noise(), which at each call gives these samples (a range) fresh noise [n, 3, R, R].
+
+    Each sample has a seed of its own: none depends on the batch or the device it is drawn on.
+    """
+    rngs = [torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000_000 + i) for i in samples]
+    shape = 3, args.resolution, args.resolution
+    return lambda: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+
+
+def classes_to_draw(args, images):
+    """The classes that samples run through in turn [C] int64;
+    the null class where there are none."""
+    if not args.labels:
+        return torch.arange(max(1, len(images.classes)))
+    picked = []
+    for name in map(str.strip, args.labels.split(",")):
+        if name in images.classes:
+            picked.append(images.classes.index(name))
+        elif name.isdecimal() and int(name) < len(images.classes):
+            picked.append(int(name))
+        else:
+            known = ", ".join(images.classes[:12]) or "none"
+            raise UserError(f"--labels {name}: {images.name} has the classes {known}"
+                            + ", ..." * (len(images.classes) > 12))
+    return torch.tensor(picked)
+
+
+def save_grid(run, name, pixels, columns=10):
+    """A picture of uint8 images [N, 3, R, R], row by row, enlarged where they are small."""
+    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2, pad_value=40)
+    scale = max(1, 64 // run.args.resolution)
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)
+
+
+class Scorer:
+    """The feature network and the reference statistics: asked for before the training, so that
+    what cannot work is said at once; computed when first needed."""
+
+    def __init__(self, args, device, images):
+        self.args, self.images = args, images
+        self.name = images.name + f" ({args.labels})" * bool(args.labels)
+        self.classes, self.reference = classes_to_draw(args, images), None
+        self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
+        self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
+        if args.samples and len(self.labels) < 2:
+            raise UserError(f"{self.name}: too few images to score against; give --samples 0")
+        self.net = (fid.load_features(args.features, device, args.inception)
+                    if args.samples else None)
+
+    def __call__(self, pixels):
+        """The distance of samples [N, 3, R, R] uint8 to the data."""
+        if self.reference is None:
+            key = None if self.args.labels else self.images.key
+            self.reference = fid.reference(self.net, self.images.pixels[self.wanted], key=key)
+        return fid.distance(fid.statistics(self.net, pixels, "features", shared=True),
+                            self.reference)
+
+
+def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda steps: steps):
+    """Sample at each number of steps, save the pictures, score, and print a protocol line each.
+
+    generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
+    """
+    args, classes, begun = run.args, scorer.classes, time.monotonic()
+    if args.labels:                                         # beside the pictures of all classes
+        prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
+        prefix = prefix.encode()[:150].decode(errors="ignore")
+    for n in steps:
+        count = max(args.samples, 80)                       # the picture takes 80
+        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
+        known = scorer.labels if len(scorer.labels) else classes
+        labels = known[torch.arange(count) * len(known) // count]
+        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+        labels[:80] = classes.repeat(10)[:10].repeat(8)
+        # In turn a batch for each process: samples are those of one process, bit for bit.
+        (rank, world), pixels, spent = fid.processes(), [], 0.0
+        with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
+                  disable=fid.quiet()) as bar:
+            for first in range(0, count, 256 * world):
+                i, start = first + 256 * rank, time.perf_counter()
+                y = labels[i:i + 256].to(run.device)
+                own = torch.zeros(256, 3, args.resolution, args.resolution, dtype=torch.uint8)
+                if len(y):
+                    noise = noise_of(range(i, i + len(y)), args, run.device)
+                    own[:len(y)] = to_uint8(generate(noise, y, n)).cpu()    # .cpu() waits
+                pixels.append(fid.gather(own).flatten(0, 1))
+                spent += time.perf_counter() - start
+                bar.update(min(256 * world, count - first))
+        pixels = torch.cat(pixels)[:count]
+        save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
+        if args.npz:
+            images = pixels.permute(0, 2, 3, 1).numpy()
+            run.write(f"{prefix}-{n}step.npz",
+                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
+        if not args.samples:
+            continue
+        value, speed = scorer(pixels[:args.samples]), count / spent
+        step = run.step + run.training                      # of the updates done
+        print(f"step {step}: " * run.training
+              + fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
+                             scorer.reference.n, scorer.name, nfe(n), who, f"{speed:.0f}"),
+              flush=True)
+        row = dict(step=step, metric=scorer.net.label, value=value,
+                   samples=args.samples, reference=scorer.reference.n, data=scorer.name,
+                   nfe=nfe(n), who=who, img_per_s=speed)
+        run.write_csv("scores.csv", [*run.read_csv("scores.csv"), row])
+    if run.training:                                        # the log's time is that of training
+        run.since = run.since[0] + time.monotonic() - begun, run.since[1]
+    else:
+        print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
 # ---- common: errors ------------------------------------------------------------------------------

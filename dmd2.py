@@ -235,230 +235,6 @@ def check_method(args):
                         "from; give one of them or --regression")
 
 
-# ---- common: arguments ---------------------------------------------------------------------------
-
-KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
-# The options that may differ from call to call of one run.
-FREE = ("steps teacher_steps samples score_every labels features inception device compile "
-        "accumulate checkpoint_activations npz out").split()
-CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
-
-
-def numbers(text):
-    return () if text == "none" else tuple(map(int, text.split(",")))
-
-
-def show(value):
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-def refuse(message):                                    # argparse would print its usage, and exit
-    raise UserError(message)
-
-
-def parse_args(argv=None):
-    """What was given, over what an existing run was trained with, over the data set's preset."""
-    parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error, defaults = refuse, {}
-
-    def add(flag, default=None, help="", **kwargs):
-        name = flag[2:].replace("-", "_")
-        defaults[name] = PRESETS.get(name, (default,) * len(KINDS))
-        if name in PRESETS:
-            columns = zip(KINDS, PRESETS[name])
-            help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default not in (None, False, ()):
-            help += f" [{show(default)}]"
-        parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
-
-    add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
-    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
-        "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
-    add("--out", help=f"run folder [runs/{METHOD}-DATA]")
-    add("--iters", type=int, help="length of the training, of its last phase")
-    add("--batch", type=int, help="images per update, of all processes together")
-    add("--accumulate", type=int, default=1, help="micro-batches to an update, to save memory")
-    add("--checkpoint-activations", action="store_true", default=False,
-        help="compute them twice, to save more memory")
-    add("--lr", type=float, help="peak learning rate")
-    add("--ema", type=float, help="decay of the running mean of the weights")
-    add("--seed", type=int, default=0, help="of the weights, the training and the samples")
-    add("--device", default="auto", help="cpu, cuda, mps")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
-        help="auto: bf16 where the hardware is fast at it")
-    add("--compile", action="store_true", default=False, help="torch.compile the networks")
-    add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
-    add("--score-every", type=int, default=0,
-        help="score also every so many updates of the last phase; 0: never")
-    add("--labels", help="classes to draw, a comma list of names or numbers")
-    add("--features", choices=["auto", "inception", "random"],
-        help="what to score with; auto: inception where its weights can be had")
-    add("--inception", help="path of the Inception weights")
-    add("--npz", action="store_true", default=False, help="keep the samples as samples-Nstep.npz")
-    add("--resolution", type=int, help="side of the images")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
-    add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
-    add("--mult", type=numbers, help="width of each stage, in --channels; each halves the side")
-    add("--blocks", type=numbers, help="residual blocks of each stage")
-    add("--attention", type=numbers, help="resolutions with self-attention, or none")
-    add("--dropout", type=float, help="in the residual blocks")
-    method_options(add)
-    given = vars(parser.parse_args(argv))
-
-    if given.get("data", "shapes") not in KINDS[:2]:                # imgs, imgs/ and ./imgs are one
-        path = str(pathlib.Path(given["data"]))
-        given["data"] = f"./{path}" if path in KINDS[:2] else path
-    name = pathlib.Path(given.get("data", "shapes")).resolve().name
-    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
-    stored = stored_args(folder)
-    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
-    if stored and given.get("precision") == "auto":         # what it came to is stored
-        del given["precision"]
-    args = {name: values[kind] for name, values in defaults.items()}
-    args |= {name: value for name, value in stored.items() if name not in FREE}
-    for name, value in given.items():
-        if stored and name not in FREE and args[name] != value:
-            raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
-                            f"{show(args[name])}, not {show(value)}; give another --out")
-    args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
-
-    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
-                          channels=16, resolution=8).items():
-        if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
-                            "more")
-    if given.get("inception"):
-        if given.get("features") == "random":
-            raise UserError("--inception: is of no use with --features random")
-        args.features = "inception"
-    if args.samples == 1:
-        raise UserError("--samples 1: has no covariance; give 0, or at least 2")
-    for name in ("lr", "ema", "dropout"):
-        value = getattr(args, name)
-        if not 0 <= value < 1 or name == "lr" and value == 0:
-            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
-    if args.channels % 16:
-        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
-    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
-        raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
-    if args.resolution % 2 ** (len(args.mult) - 1):
-        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
-                        "times, once between two stages of --mult")
-    stages = [args.resolution >> i for i in range(len(args.mult))]
-    for side in args.attention:
-        if side not in stages and (stored or "attention" in given):
-            raise UserError(f"--attention {side}: no stage has that resolution; expected some of "
-                            f"{show(stages)}, or none")
-        if side not in stages:                              # the preset's, of other stages
-            args.attention = (stages[-1],)
-    check_method(args)
-    if not args.steps:
-        raise UserError("--steps: needs a number")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "teacher_batch"):
-        if getattr(args, name, 0) % (world * args.accumulate):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
-                            f"multiple of {world} processes x --accumulate {args.accumulate}")
-    return args
-
-
-def stored_args(folder):
-    """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
-    path = folder / "args.json"
-    try:
-        if not path.exists():
-            ours = "progress", "pairs.npz", ".pairs.npz", ".args.json"      # of a start that failed
-            if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
-                raise UserError(f"--out {folder}: is no run folder and not empty; give another")
-            return {}
-        stored = json.loads(path.read_text())["args"]
-        stored = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
-    if stored.get("method") != METHOD:
-        raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
-    return stored if any((folder / name).exists() for name in CHECKPOINTS) else {}
-
-
-def set_up(args):
-    """-> the device, and the autocast context that networks run in. Settles args.precision.
-
-    Under torchrun, joins its processes: each has a device and a part of every batch of its own.
-    """
-    device = fid.pick_device(args.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
-                              if device.type == "cuda" else None)
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            # Long enough for one that downloads, writes or scores. One that is killed is missed
-            # at once.
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
-                                           "gloo", timeout=datetime.timedelta(hours=1))
-        except (RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())[:120]
-            raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
-        if fid.processes()[0]:
-            sys.stdout = open(os.devnull, "w")              # process 0 speaks for all
-    if args.precision == "auto":
-        has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
-        fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
-                    cuda=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)
-        args.precision = "bf16" if fast.get(device.type) else "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def expand(t):
-    return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
-
-
-def draw_batch(pixels, labels, n, flip):
-    """n random images [n, 3, R, R] in [-1, 1], mirrored at random if `flip`, and their labels [n];
-    on the device of `labels` [N], wherever the `pixels` [N, 3, R, R] are."""
-    i = torch.randint(len(pixels), (n,), device=labels.device)
-    x = from_uint8(pixels[i.to(pixels.device)].to(labels.device))
-    if flip:
-        x = torch.where(expand(torch.rand(n, device=x.device) < 0.5), x.flip(3), x)
-    return x, labels[i]
-
-
-def slices(args, step=None):
-    """The rows of a batch that are this process's: a slice for each micro-batch.
-
-    All processes draw the same batch, noise and all, so that how it is shared out does not matter.
-    step: given where there is dropout, which must differ from slice to slice.
-    """
-    (rank, world), seed = fid.processes(), args.seed * 1_000_003
-    parts = world * args.accumulate
-    for part in range(rank, parts, world):
-        if step is not None and parts > 1:
-            torch.manual_seed((seed + step) * parts + part)
-        yield slice(part, None, parts)
-
-
-def mean_and_clip(params):
-    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
-    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
-    if world > 1:                                           # in one message
-        flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
-        for p, mean in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(mean.view_as(p))
-    return nn.utils.clip_grad_norm_(params, 1.0)
-
-
-def warmup_cosine(opt, iters, end=0.0):
-    """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
-    warmup = min(100, iters // 10 + 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup)
-        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
-
-
 # ---- noise levels --------------------------------------------------------------------------------
 
 def karras(n, start=SIGMA_MAX):
@@ -636,6 +412,542 @@ def heun(D, z, y, steps, start=SIGMA_MAX):
     return x
 
 
+# ---- common to add.py and dmd2.py ----------------------------------------------------------------
+
+def norm(gradient):
+    """The norm over all processes' images of a gradient, of a loss that is a mean over them."""
+    return fid.total(gradient.square().sum()).sqrt() / fid.processes()[1]
+
+
+def moments(x):
+    """Mean and standard deviation of all processes' images."""
+    mean, square = fid.gather(torch.stack([x.mean(), x.square().mean()])).mean(0)
+    return dict(mean=mean, std=(square - mean ** 2).clamp(min=0).sqrt())
+
+
+def load_teacher(folder, teacher_ema, run, nulls):
+    """The teacher in another run's folder. nulls: it must know the null label."""
+    try:
+        stored = stored_args(pathlib.Path(folder))
+        if not stored:
+            raise UserError(f"holds no run of {METHOD}.py")
+        for name in ("resolution", "channels", "mult", "blocks", "attention"):
+            if stored[name] != getattr(run.args, name):
+                raise UserError(f"was trained with --{name} {show(stored[name])}, not "
+                                f"{show(getattr(run.args, name))}; give that here too")
+        if nulls and not stored["nulls"]:
+            raise UserError("was trained without null labels; train it with the same --cfg and "
+                            "--label-dropout")
+        state = read_checkpoint(pathlib.Path(folder))[0]
+        if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
+            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
+        if state["data"] != run.data:
+            raise UserError("is of other data")
+        teacher_ema.load_state_dict(state["teacher_ema"])
+    except Exception as error:                              # torch raises all sorts on a bad file
+        why = error if isinstance(error, UserError) else f"cannot be read: {error!r}"
+        why = " ".join(str(why).split())[:200].partition("; give another --out")[0]
+        raise UserError(f"--teacher {folder}: {why}") from None
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def teacher_pairs(run, generate, num_classes, begins):
+    """DMD's pairs: noise z and labels [N], and what the teacher's deterministic sampler makes of
+    them, from the level where the generator begins. Computed when first needed, and kept in the
+    run's folder."""
+    n, path = run.args.pairs, run.folder / "pairs.npz"
+    y = (torch.arange(n) % max(1, num_classes)).to(run.device)
+    z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
+    if fid.gather(torch.tensor([int(begins or not path.exists())])).any():  # in one, so in all
+        x0 = [generate(lambda: z[i:i + 256], y[i:i + 256]).cpu()
+              for i in tqdm(range(0, n, 256), "pairs", disable=fid.quiet())]
+        run.write("pairs.npz", lambda path: np.savez(path, images=to_uint8(torch.cat(x0)).numpy()))
+    x0 = torch.from_numpy(fid.read_arrays(path)["images"])
+    return z, y, from_uint8(x0).to(run.device)
+
+
+def draw(run, generator, real_score, fake_score, classes, tau, name):
+    """A picture of the training so far, of fixed noise: the generator's images (without EMA, as
+    the fake score follows it), and what the teacher and the fake score make of them once noised
+    to sigma = 2."""
+    y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
+    x0 = sample(generator, noise, y, tau)
+    sigma = torch.full((10,), 2.0, device=run.device)
+    x_t = x0 + expand(sigma) * noise()
+    with torch.no_grad():
+        rows = [x0, real_score(x_t, sigma, y), fake_score(x_t, sigma, y)]
+    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, autocast = set_up(args)
+    images = fid.load_images(args.data, args.resolution)
+    scorer, null_class = Scorer(args, device, images), len(images.classes)
+    if args.cfg != 1 and not images.classes:
+        raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
+    pixels, labels = images.pixels, images.labels.to(device)
+    if pixels.numel() < 2 ** 31:                            # more than 2 GB stay where they are
+        pixels = pixels.to(device)
+
+    torch.manual_seed(args.seed)
+    sets = args.train_steps if args.tell_call else 1        # of labels, that the fake score knows
+    teacher, generator, fake_score = (
+        EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, last,
+                 dropout=args.dropout, checkpoint=args.checkpoint_activations))
+        .to(device, memory_format=torch.channels_last)
+        for last in (null_class, null_class, sets * (null_class + 1) - 1))
+    disc = Discriminator([args.channels * m for m in args.mult],
+                         args.resolution >> len(args.mult) - 1, args.disc_maps)
+    disc.to(device, memory_format=torch.channels_last)
+    teacher_ema = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(args.teacher_ema))
+    generator_ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    for net in (teacher_ema, generator, generator_ema, fake_score):     # from here on: no dropout
+        net.eval()
+    teacher_ema.requires_grad_(False)
+    adam = lambda params, lr, beta1=0.0: torch.optim.AdamW(params, lr, (beta1, 0.99),
+                                                           weight_decay=0.01, fused=True)
+    opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
+    opt_generator = adam(generator.parameters(), args.lr)
+    fake_params = [*fake_score.parameters(), *disc.parameters()]
+    opt_fake = adam(fake_params, args.fake_lr)
+    opt_pairs = adam(generator.parameters(), args.pairs_lr, 0.9)
+    schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
+    schedule_pairs = warmup_cosine(opt_pairs, max(1, args.pairs_iters))
+    schedule_generator = warmup_cosine(opt_generator, args.iters, end=0.1)
+    schedule_fake = warmup_cosine(opt_fake, args.iters, end=1.0)
+    run = Run(args, device, images, dict(
+        teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
+        schedule_teacher=schedule_teacher, opt_pairs=opt_pairs, schedule_pairs=schedule_pairs,
+        generator=generator, generator_ema=generator_ema,
+        opt_generator=opt_generator, schedule_generator=schedule_generator, fake_score=fake_score,
+        disc=disc, opt_fake=opt_fake, schedule_fake=schedule_fake))
+    if args.teacher and not run.step:
+        load_teacher(args.teacher, teacher_ema, run, args.nulls)
+    taught = 0 if args.teacher else args.teacher_iters      # the steps where the phases end
+    begin = taught + args.pairs_iters
+    end, trained = begin + args.iters, run.step < begin + args.iters
+    teacher_steps = (18 if trained else 0) if args.teacher_steps is None else args.teacher_steps
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        for net in (teacher.net, teacher_ema.module.net, generator.net, generator_ema.module.net,
+                    fake_score.net):
+            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
+
+    def real_score(x, sigma, y):
+        y = y % (null_class + 1)                            # the class alone, if `told` the call
+        return guided(teacher_ema, x, sigma, y, args.cfg)
+
+    def told(y, k):
+        """The fake score's labels: it has a set of them for each call of the generator. (Those of a
+        real image say the call of the generated one that it is compared with.)"""
+        return y + k % sets * (null_class + 1)
+
+    def teach(noise, y, steps, start=SIGMA_MAX):
+        with autocast:
+            return heun(real_score, noise(), y, steps, start)
+
+    def sampler(G):
+        def generate(noise, y, steps):
+            with autocast:
+                return sample(G, noise, y, taus(steps, args.start_sigma))
+        return generate
+
+    # Phase 1: the teacher.
+    for step in run.steps(taught, "teacher", args.teacher_batch):
+        x0, y = draw_batch(pixels, labels, args.teacher_batch, args.flip)
+        if args.nulls:
+            drop = torch.rand(len(y), device=device) < args.label_dropout
+            y = torch.where(drop, null_class, y)
+        sigma = (args.p_mean + args.p_std * torch.randn(len(y), device=device)).exp()
+        eps = torch.randn_like(x0)
+        for rows in slices(args, step):
+            with autocast:
+                loss = denoising_loss(teacher, x0[rows], sigma[rows], eps[rows], y[rows])
+            (loss / args.accumulate).backward()
+            run.add(loss_teacher=loss.detach())
+        grad_norm = mean_and_clip(teacher.parameters())
+        opt_teacher.step()
+        schedule_teacher.step()
+        opt_teacher.zero_grad()
+        teacher_ema.update_parameters(teacher)
+        run.add(grad_norm=grad_norm)
+        if (step + 1) % max(1, args.teacher_iters // 5) == 0:
+            y = scorer.classes.repeat(10)[:10].to(device)
+            x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 18)
+            save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
+    if run.step == taught:                                  # the other two begin as its mean
+        state = teacher_ema.module.state_dict()
+        generator.load_state_dict(state)
+        fake_score.load_state_dict(state | {name: state[name].repeat(sets, 1) for name in (
+            "net.embed_label.weight", "net.label_map.weight")})
+
+    table, tau = karras(LEVELS).float().to(device), taus(args.train_steps, args.start_sigma)
+    if trained and (args.regression or run.step < begin):
+        pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, tau[0]), null_class,
+                              run.step == taught)
+
+    def calls(n):
+        """-> which call of the generator each of n images is for [n]: equal shares, in turn from a
+        random one. On the CPU, so that none waits for it."""
+        k = torch.arange(n) * args.train_steps // n + torch.randint(args.train_steps, ())
+        return k % args.train_steps
+
+    def on(t):
+        """A tensor of the CPU's, without a wait for a GPU's work so far."""
+        return t.to(device, non_blocking=True)
+
+    def sigma_of(k):
+        return on(torch.tensor(tau)[k])
+
+    def noised(x0, k, eps):
+        """What the generator's calls k see of images that are given; the first, noise alone."""
+        return on(expand(k > 0)) * x0 + expand(sigma_of(k)) * eps
+
+    def regression_loss(i, k, eps):
+        """DMD's: the generator's images of these pairs' noises against the teacher's. Later calls
+        get the teacher's images, noised by eps."""
+        z, y, x0 = (t[i] for t in pairs)
+        eps = torch.where(on(expand(k > 0)), eps, z)
+        with autocast:
+            x0_hat = generator(noised(x0, k, eps), sigma_of(k), y)
+        return (x0_hat - x0).square().mean()
+
+    # Phase 2: a short regression, so that the generator begins where the teacher's sampler ends.
+    for step in run.steps(begin, "pairs", args.batch):
+        i, k = torch.randint(args.pairs, (args.batch,), device=device), calls(args.batch)
+        eps = torch.randn_like(pairs[0][i])
+        for rows in slices(args):
+            loss = regression_loss(i[rows], k[rows], eps[rows])
+            (loss / args.accumulate).backward()
+            run.add(loss_regression=loss.detach())
+        grad_norm = mean_and_clip(generator.parameters())
+        opt_pairs.step()
+        schedule_pairs.step()
+        opt_pairs.zero_grad()
+        run.add(grad_norm=grad_norm)
+
+    # Phase 3: the distillation. A step is one update of the generator and --fake-updates of the
+    # fake score.
+    def levels(part, n):
+        low, high = (min(int(share * LEVELS), LEVELS - 1) for share in part)
+        return table[torch.randint(low, high + 1, (n,), device=device)]
+
+    for step in run.steps(end, "distillation", args.batch * args.fake_updates):
+        for i in range(args.fake_updates):
+            real, y = draw_batch(pixels, labels, args.batch, args.flip)
+            noise = lambda: torch.randn_like(real)
+            k = calls(len(y))
+            y_fake = told(y, on(k))
+            z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
+            if i == 0:
+                sigma, eps = levels(args.dm_levels, len(y)), noise()
+                if args.regression:
+                    j, eps_pair = torch.randint(args.pairs, y.shape, device=device), noise()
+            # [2, B, ...]: of the generated, then of the real images.
+            sigma_fake = levels(args.fake_levels, 2 * len(y)).view(2, -1)
+            eps_fake = torch.randn_like(torch.stack([real, real]))
+            generated = []
+            for rows in slices(args):
+                draws = iter(z)
+                with torch.no_grad(), autocast:
+                    if args.backward_simulation:
+                        x = simulated(generator, lambda: next(draws)[rows], y[rows], k[rows], tau)
+                    else:
+                        x = noised(real[rows], k[rows], z[0][rows])
+                with torch.set_grad_enabled(i == 0), autocast:
+                    x0 = generator(x, sigma_of(k[rows]), y[rows])
+                generated.append(x0.detach())
+                if i:                                       # the generator's update is the first's
+                    continue
+                leaf = x0.detach().requires_grad_()
+                with autocast:
+                    loss_dm, loss_gan = generator_losses(
+                        real_score, fake_score, disc, leaf, sigma[rows], eps[rows], y_fake[rows],
+                        args.dm_weight > 0, args.gan_weight > 0)
+                # Both at the image, to be weighed and watched there, then one pass through G.
+                grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
+                grad_gan = args.gan_weight * torch.autograd.grad(loss_gan, leaf)[0]
+                if args.gan_cap and args.dm_weight:
+                    bound = args.gan_cap * norm(grad_dm) / norm(grad_gan)
+                    grad_gan = torch.where(bound < 1, bound * grad_gan, grad_gan)
+                x0.backward((grad_dm + grad_gan) / args.accumulate)
+                if args.regression:
+                    loss = regression_loss(j[rows], k[rows], eps_pair[rows])
+                    (args.regression / args.accumulate * loss).backward()
+                    run.add(loss_regression=loss.detach())
+                run.add(loss_dm=loss_dm.detach(), loss_gan=loss_gan.detach(),
+                        grad_dm=norm(grad_dm), grad_gan=norm(grad_gan), **moments(leaf.detach()))
+            if i == 0:
+                grad_norm = mean_and_clip(generator.parameters())
+                opt_generator.step()
+                schedule_generator.step()
+                opt_generator.zero_grad()
+                generator_ema.update_parameters(generator)
+                run.add(grad_norm=grad_norm)
+
+            for rows, x0 in zip(slices(args), generated):
+                part = sigma_fake[:, rows].flatten(), eps_fake[:, rows].flatten(0, 1)
+                with autocast:
+                    if args.gan_weight:
+                        loss_fake, loss_disc = fake_score_losses(
+                            fake_score, disc, x0, real[rows], *part, y_fake[rows].repeat(2))
+                        run.add(loss_disc=loss_disc.detach())
+                    else:
+                        n, loss_disc = len(x0), 0
+                        loss_fake = denoising_loss(fake_score, x0, *(t[:n] for t in part),
+                                                   y_fake[rows])
+                ((loss_fake + args.disc_weight * loss_disc) / args.accumulate).backward()
+                run.add(loss_fake=loss_fake.detach())
+            grad_norm = mean_and_clip(fake_params)
+            opt_fake.step()
+            opt_fake.zero_grad()
+            run.add(grad_norm_fake=grad_norm)
+        schedule_fake.step()
+        done = step + 1 - begin
+        run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
+        if done % max(1, args.iters // 10) == 0:
+            fake_of_last = lambda x, sigma, y: fake_score(x, sigma, told(y, args.train_steps - 1))
+            with autocast:
+                draw(run, generator, real_score, fake_of_last, scorer.classes, tau,
+                     f"progress/{step + 1:07d}.png")
+        if args.score_every and done % args.score_every == 0 and done < args.iters:
+            evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema",
+                     f"progress/{step + 1:07d}")
+
+    if teacher_steps:
+        evaluate(run, scorer, teach, [teacher_steps], "teacher ema", "teacher",
+                 lambda n: (2 * n - 1) * (1 if args.cfg == 1 else 2))
+    evaluate(run, scorer, sampler(generator), args.steps, "generator", "raw")
+    evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema")
+
+
+# ---- common: arguments ---------------------------------------------------------------------------
+
+# From here to the end add.py, dmd2.py and shortcut.py have one text: what any run needs.
+
+KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
+# The options that may differ from call to call of one run.
+FREE = ("steps teacher_steps samples score_every labels features inception device compile "
+        "accumulate checkpoint_activations npz out").split()
+CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
+
+
+def numbers(text):
+    return () if text == "none" else tuple(map(int, text.split(",")))
+
+
+def show(value):
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def refuse(message):                                    # argparse would print its usage, and exit
+    raise UserError(message)
+
+
+def parse_args(argv=None):
+    """What was given, over what an existing run was trained with, over the data set's preset."""
+    parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error, defaults = refuse, {}
+
+    def add(flag, default=None, help="", **kwargs):
+        name = flag[2:].replace("-", "_")
+        defaults[name] = PRESETS.get(name, (default,) * len(KINDS))
+        if name in PRESETS:
+            columns = zip(KINDS, PRESETS[name])
+            help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
+        elif default not in (None, False, ()):
+            help += f" [{show(default)}]"
+        parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
+
+    add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
+    add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
+        "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
+    add("--out", help=f"run folder [runs/{METHOD}-DATA]")
+    add("--iters", type=int, help="length of the training, of its last phase")
+    add("--batch", type=int, help="images per update, of all processes together")
+    add("--accumulate", type=int, default=1, help="micro-batches to an update, to save memory")
+    add("--checkpoint-activations", action="store_true", default=False,
+        help="compute them twice, to save more memory")
+    add("--lr", type=float, help="peak learning rate")
+    add("--ema", type=float, help="decay of the running mean of the weights")
+    add("--seed", type=int, default=0, help="of the weights, the training and the samples")
+    add("--device", default="auto", help="cpu, cuda, mps")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 where the hardware is fast at it")
+    add("--compile", action="store_true", default=False, help="torch.compile the networks")
+    add("--samples", type=int, help="images to score at each of --steps; 0: pictures only")
+    add("--score-every", type=int, default=0,
+        help="score also every so many updates of the last phase; 0: never")
+    add("--labels", help="classes to draw, a comma list of names or numbers")
+    add("--features", choices=["auto", "inception", "random"],
+        help="what to score with; auto: inception where its weights can be had")
+    add("--inception", help="path of the Inception weights")
+    add("--npz", action="store_true", default=False, help="keep the samples as samples-Nstep.npz")
+    add("--resolution", type=int, help="side of the images")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
+    add("--channels", type=int, help="width of the network's first stage, a multiple of 16")
+    add("--mult", type=numbers, help="width of each stage, in --channels; each halves the side")
+    add("--blocks", type=numbers, help="residual blocks of each stage")
+    add("--attention", type=numbers, help="resolutions with self-attention, or none")
+    add("--dropout", type=float, help="in the residual blocks")
+    method_options(add)
+    given = vars(parser.parse_args(argv))
+
+    if given.get("data", "shapes") not in KINDS[:2]:                # imgs, imgs/ and ./imgs are one
+        path = str(pathlib.Path(given["data"]))
+        given["data"] = f"./{path}" if path in KINDS[:2] else path
+    name = pathlib.Path(given.get("data", "shapes")).resolve().name
+    folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
+    stored = stored_args(folder)
+    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    if stored and given.get("precision") == "auto":         # what it came to is stored
+        del given["precision"]
+    args = {name: values[kind] for name, values in defaults.items()}
+    args |= {name: value for name, value in stored.items() if name not in FREE}
+    for name, value in given.items():
+        if stored and name not in FREE and args[name] != value:
+            raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
+                            f"{show(args[name])}, not {show(value)}; give another --out")
+    args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
+
+    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
+                          channels=16, resolution=8).items():
+        if not low <= getattr(args, name) < 2 ** 31:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
+                            "more")
+    if given.get("inception"):
+        if given.get("features") == "random":
+            raise UserError("--inception: is of no use with --features random")
+        args.features = "inception"
+    if args.samples == 1:
+        raise UserError("--samples 1: has no covariance; give 0, or at least 2")
+    for name in ("lr", "ema", "dropout"):
+        value = getattr(args, name)
+        if not 0 <= value < 1 or name == "lr" and value == 0:
+            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
+    if args.channels % 16:
+        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
+    if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
+        raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
+    if args.resolution % 2 ** (len(args.mult) - 1):
+        raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
+                        "times, once between two stages of --mult")
+    stages = [args.resolution >> i for i in range(len(args.mult))]
+    wrong = [side for side in args.attention if side not in stages]
+    if wrong and not stored and "attention" not in given:   # the preset's, of other stages
+        args.attention = (stages[-1],)
+    elif wrong:
+        raise UserError(f"--attention {wrong[0]}: no stage has that resolution; expected some of "
+                        f"{show(stages)}, or none")
+    check_method(args)
+    if not args.steps:
+        raise UserError("--steps: needs a number")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "teacher_batch"):
+        if getattr(args, name, 0) % (world * args.accumulate):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
+                            f"multiple of {world} processes x --accumulate {args.accumulate}")
+    return args
+
+
+def stored_args(folder):
+    """The arguments of the run in a folder; {} where none has got as far as a checkpoint."""
+    path = folder / "args.json"
+    try:
+        if not path.exists():
+            ours = "progress", "pairs.npz", ".pairs.npz", ".args.json"      # of a start that failed
+            if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
+                raise UserError(f"--out {folder}: is no run folder and not empty; give another")
+            return {}
+        stored = json.loads(path.read_text())["args"]
+        stored = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --out") from None
+    if stored.get("method") != METHOD:
+        raise UserError(f"{folder}: holds a run of {stored.get('method')}.py; give another --out")
+    return stored if any((folder / name).exists() for name in CHECKPOINTS) else {}
+
+
+def set_up(args):
+    """-> the device, and the autocast context that networks run in. Settles args.precision.
+
+    Under torchrun, joins its processes: each has a device and a part of every batch of its own.
+    """
+    device = fid.pick_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
+                              if device.type == "cuda" else None)
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # An hour: one may download, write or score. One that is killed is missed at once.
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
+                                           "gloo", timeout=datetime.timedelta(hours=1))
+        except (RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise UserError(f"torchrun: processes cannot be joined on {device} ({why})") from None
+        if fid.processes()[0]:
+            sys.stdout = open(os.devnull, "w")              # process 0 speaks for all
+    if args.precision == "auto":
+        has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
+        fast = dict(cpu=has("amx_tile") or has("avx512_bf16"),
+                    cuda=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)
+        args.precision = "bf16" if fast.get(device.type) else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def expand(t):
+    return t[:, None, None, None]                                           # [B] -> [B, 1, 1, 1]
+
+
+def draw_batch(pixels, labels, n, flip):
+    """n random images [n, 3, R, R] in [-1, 1], mirrored at random if `flip`, and their labels [n];
+    on the device of `labels` [N], wherever the `pixels` [N, 3, R, R] are."""
+    i = torch.randint(len(pixels), (n,), device=labels.device)
+    x = from_uint8(pixels[i.to(pixels.device)].to(labels.device))
+    if flip:
+        x = torch.where(expand(torch.rand(n, device=x.device) < 0.5), x.flip(3), x)
+    return x, labels[i]
+
+
+def slices(args, step=None):
+    """The rows of a batch that are this process's: a slice for each micro-batch.
+
+    All processes draw the same batch, noise and all, so that how it is shared out does not matter.
+    step: given where there is dropout, which must differ from slice to slice.
+    """
+    (rank, world), seed = fid.processes(), args.seed * 1_000_003
+    parts = world * args.accumulate
+    for part in range(rank, parts, world):
+        if step is not None and parts > 1:
+            torch.manual_seed((seed + step) * parts + part)
+        yield slice(part, None, parts)
+
+
+def mean_and_clip(params):
+    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
+    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
+    if world > 1:                                           # in one message
+        flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
+        for p, mean in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(mean.view_as(p))
+    return nn.utils.clip_grad_norm_(params, 1.0)
+
+
+def warmup_cosine(opt, iters, end=0.0):
+    """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
+    warmup = min(100, iters // 10 + 1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda i: min(1, (i + 1) / warmup)
+        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
+
+
 # ---- common: the run folder ----------------------------------------------------------------------
 
 def read_checkpoint(folder):
@@ -782,7 +1094,7 @@ class Run:
                              disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
-                if self.args.compile:                   # what CUDA graphs gave before may go
+                if self.args.compile:                   # CUDA graphs may write over their outputs
                     torch.compiler.cudagraph_mark_step_begin()
                 yield self.step
                 self.step += 1
@@ -792,7 +1104,7 @@ class Run:
                 stop, late = fid.gather(torch.tensor(mine)).amax(0).tolist()
                 due = stop or late or self.step == end
                 if due or self.step % 50 == 0:
-                    self.log()                              # first: it refuses what is not finite
+                    self.log()                              # first: it ends a run gone to NaN
                 if due:
                     self.save()
                     saved = time.monotonic()
@@ -964,317 +1276,6 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         run.since = run.since[0] + time.monotonic() - begun, run.since[1]
     else:
         print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
-
-
-# ---- common to add.py and dmd2.py ----------------------------------------------------------------
-
-def norm(gradient):
-    """The norm over all processes' images of a gradient, of a loss that is a mean over them."""
-    return fid.total(gradient.square().sum()).sqrt() / fid.processes()[1]
-
-
-def moments(x):
-    """Mean and standard deviation of all processes' images."""
-    mean, square = fid.gather(torch.stack([x.mean(), x.square().mean()])).mean(0)
-    return dict(mean=mean, std=(square - mean ** 2).clamp(min=0).sqrt())
-
-
-def load_teacher(folder, teacher_ema, run, nulls):
-    """The teacher in another run's folder. nulls: it must know the null label."""
-    try:
-        stored = stored_args(pathlib.Path(folder))
-        if not stored:
-            raise UserError(f"holds no run of {METHOD}.py")
-        for name in ("resolution", "channels", "mult", "blocks", "attention"):
-            if stored[name] != getattr(run.args, name):
-                raise UserError(f"was trained with --{name} {show(stored[name])}, not "
-                                f"{show(getattr(run.args, name))}; give that here too")
-        if nulls and not stored["nulls"]:
-            raise UserError("was trained without null labels; train it with the same --cfg and "
-                            "--label-dropout")
-        state = read_checkpoint(pathlib.Path(folder))[0]
-        if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
-            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
-        if state["data"] != run.data:
-            raise UserError("is of other data")
-        teacher_ema.load_state_dict(state["teacher_ema"])
-    except Exception as error:                              # torch raises all sorts on a bad file
-        why = error if isinstance(error, UserError) else f"cannot be read: {error!r}"
-        why = " ".join(str(why).split())[:200].partition("; give another --out")[0]
-        raise UserError(f"--teacher {folder}: {why}") from None
-
-
-# ---- training ------------------------------------------------------------------------------------
-
-def teacher_pairs(run, generate, num_classes, begins):
-    """DMD's pairs: noise z and labels [N], and what the teacher's deterministic sampler makes of
-    them, from the level where the generator begins. Computed when first needed, and kept in the
-    run's folder."""
-    n, path = run.args.pairs, run.folder / "pairs.npz"
-    y = (torch.arange(n) % max(1, num_classes)).to(run.device)
-    z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
-    if fid.gather(torch.tensor([int(begins or not path.exists())])).any():  # in one, so in all
-        x0 = [generate(lambda: z[i:i + 256], y[i:i + 256]).cpu()
-              for i in tqdm(range(0, n, 256), "pairs", disable=fid.quiet())]
-        run.write("pairs.npz", lambda path: np.savez(path, images=to_uint8(torch.cat(x0)).numpy()))
-    x0 = torch.from_numpy(fid.read_arrays(path)["images"])
-    return z, y, from_uint8(x0).to(run.device)
-
-
-def draw(run, generator, real_score, fake_score, classes, tau, name):
-    """A picture of the training so far, of fixed noise: the generator's images (without EMA, as
-    the fake score follows it), and what the teacher and the fake score make of them once noised
-    to sigma = 2."""
-    y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
-    x0 = sample(generator, noise, y, tau)
-    sigma = torch.full((10,), 2.0, device=run.device)
-    x_t = x0 + expand(sigma) * noise()
-    with torch.no_grad():
-        rows = [x0, real_score(x_t, sigma, y), fake_score(x_t, sigma, y)]
-    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    device, autocast = set_up(args)
-    images = fid.load_images(args.data, args.resolution)
-    scorer, null_class = Scorer(args, device, images), len(images.classes)
-    if args.cfg != 1 and not images.classes:
-        raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
-    pixels, labels = images.pixels, images.labels.to(device)
-    if pixels.numel() < 2 ** 31:                            # more than 2 GB stay where they are
-        pixels = pixels.to(device)
-
-    torch.manual_seed(args.seed)
-    sets = args.train_steps if args.tell_call else 1        # of labels, that the fake score knows
-    teacher, generator, fake_score = (
-        EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, last,
-                 dropout=args.dropout, checkpoint=args.checkpoint_activations))
-        .to(device, memory_format=torch.channels_last)
-        for last in (null_class, null_class, sets * (null_class + 1) - 1))
-    disc = Discriminator([args.channels * m for m in args.mult],
-                         args.resolution >> len(args.mult) - 1, args.disc_maps)
-    disc.to(device, memory_format=torch.channels_last)
-    teacher_ema = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(args.teacher_ema))
-    generator_ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    for net in (teacher_ema, generator, generator_ema, fake_score):     # from here on: no dropout
-        net.eval()
-    teacher_ema.requires_grad_(False)
-    adam = lambda params, lr, beta1=0.0: torch.optim.AdamW(params, lr, (beta1, 0.99),
-                                                           weight_decay=0.01, fused=True)
-    opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
-    opt_generator = adam(generator.parameters(), args.lr)
-    fake_params = [*fake_score.parameters(), *disc.parameters()]
-    opt_fake = adam(fake_params, args.fake_lr)
-    opt_pairs = adam(generator.parameters(), args.pairs_lr, 0.9)
-    schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
-    schedule_pairs = warmup_cosine(opt_pairs, max(1, args.pairs_iters))
-    schedule_generator = warmup_cosine(opt_generator, args.iters, end=0.1)
-    schedule_fake = warmup_cosine(opt_fake, args.iters, end=1.0)
-    run = Run(args, device, images, dict(
-        teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
-        schedule_teacher=schedule_teacher, opt_pairs=opt_pairs, schedule_pairs=schedule_pairs,
-        generator=generator, generator_ema=generator_ema,
-        opt_generator=opt_generator, schedule_generator=schedule_generator, fake_score=fake_score,
-        disc=disc, opt_fake=opt_fake, schedule_fake=schedule_fake))
-    if args.teacher and not run.step:
-        load_teacher(args.teacher, teacher_ema, run, args.nulls)
-    taught = 0 if args.teacher else args.teacher_iters      # the steps where the phases end
-    begin = taught + args.pairs_iters
-    end, trained = begin + args.iters, run.step < begin + args.iters
-    teacher_steps = (18 if trained else 0) if args.teacher_steps is None else args.teacher_steps
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
-        for net in (teacher.net, teacher_ema.module.net, generator.net, generator_ema.module.net,
-                    fake_score.net):
-            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
-
-    def real_score(x, sigma, y):
-        y = y % (null_class + 1)                            # the class alone, if `told` the call
-        return guided(teacher_ema, x, sigma, y, args.cfg)
-
-    def told(y, k):
-        """The fake score's labels: it has a set of them for each call of the generator. (Those of a
-        real image say the call of the generated one that it is compared with.)"""
-        return y + k % sets * (null_class + 1)
-
-    def teach(noise, y, steps, start=SIGMA_MAX):
-        with autocast:
-            return heun(real_score, noise(), y, steps, start)
-
-    def sampler(G):
-        def generate(noise, y, steps):
-            with autocast:
-                return sample(G, noise, y, taus(steps, args.start_sigma))
-        return generate
-
-    # Phase 1: the teacher.
-    for step in run.steps(taught, "teacher", args.teacher_batch):
-        x0, y = draw_batch(pixels, labels, args.teacher_batch, args.flip)
-        if args.nulls:
-            drop = torch.rand(len(y), device=device) < args.label_dropout
-            y = torch.where(drop, null_class, y)
-        sigma = (args.p_mean + args.p_std * torch.randn(len(y), device=device)).exp()
-        eps = torch.randn_like(x0)
-        for rows in slices(args, step):
-            with autocast:
-                loss = denoising_loss(teacher, x0[rows], sigma[rows], eps[rows], y[rows])
-            (loss / args.accumulate).backward()
-            run.add(loss_teacher=loss.detach())
-        grad_norm = mean_and_clip(teacher.parameters())
-        opt_teacher.step()
-        schedule_teacher.step()
-        opt_teacher.zero_grad()
-        teacher_ema.update_parameters(teacher)
-        run.add(grad_norm=grad_norm)
-        if (step + 1) % max(1, args.teacher_iters // 5) == 0:
-            y = scorer.classes.repeat(10)[:10].to(device)
-            x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 18)
-            save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
-    if run.step == taught:                                  # generator and fake score begin as it
-        state = teacher_ema.module.state_dict()
-        generator.load_state_dict(state)
-        fake_score.load_state_dict(state | {name: state[name].repeat(sets, 1) for name in (
-            "net.embed_label.weight", "net.label_map.weight")})
-
-    table, tau = karras(LEVELS).float().to(device), taus(args.train_steps, args.start_sigma)
-    if trained and (args.regression or run.step < begin):
-        pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, tau[0]), null_class,
-                              run.step == taught)
-
-    def calls(n):
-        """-> which call of the generator each of n images is for [n]: equal shares, in turn from a
-        random one. On the CPU, so that none waits for it."""
-        k = torch.arange(n) * args.train_steps // n + torch.randint(args.train_steps, ())
-        return k % args.train_steps
-
-    def on(t):
-        """A tensor of the CPU's, without a wait for a GPU's work so far."""
-        return t.to(device, non_blocking=True)
-
-    def sigma_of(k):
-        return on(torch.tensor(tau)[k])
-
-    def noised(x0, k, eps):
-        """What the generator's calls k see of images that are given; the first, noise alone."""
-        return on(expand(k > 0)) * x0 + expand(sigma_of(k)) * eps
-
-    def regression_loss(i, k, eps):
-        """DMD's: the generator's images of these pairs' noises against the teacher's. Later calls
-        get the teacher's images, noised by eps."""
-        z, y, x0 = (t[i] for t in pairs)
-        eps = torch.where(on(expand(k > 0)), eps, z)
-        with autocast:
-            x0_hat = generator(noised(x0, k, eps), sigma_of(k), y)
-        return (x0_hat - x0).square().mean()
-
-    # Phase 2: a short regression, so that the generator begins where the teacher's sampler ends.
-    for step in run.steps(begin, "pairs", args.batch):
-        i, k = torch.randint(args.pairs, (args.batch,), device=device), calls(args.batch)
-        eps = torch.randn_like(pairs[0][i])
-        for rows in slices(args):
-            loss = regression_loss(i[rows], k[rows], eps[rows])
-            (loss / args.accumulate).backward()
-            run.add(loss_regression=loss.detach())
-        grad_norm = mean_and_clip(generator.parameters())
-        opt_pairs.step()
-        schedule_pairs.step()
-        opt_pairs.zero_grad()
-        run.add(grad_norm=grad_norm)
-
-    # Phase 3: the distillation. A step is one update of the generator and --fake-updates of the
-    # fake score.
-    def levels(part, n):
-        low, high = (min(int(share * LEVELS), LEVELS - 1) for share in part)
-        return table[torch.randint(low, high + 1, (n,), device=device)]
-
-    for step in run.steps(end, "distillation", args.batch * args.fake_updates):
-        for i in range(args.fake_updates):
-            real, y = draw_batch(pixels, labels, args.batch, args.flip)
-            noise = lambda: torch.randn_like(real)
-            k = calls(len(y))
-            y_fake = told(y, on(k))
-            z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
-            if i == 0:
-                sigma, eps = levels(args.dm_levels, len(y)), noise()
-                if args.regression:
-                    j, eps_pair = torch.randint(args.pairs, y.shape, device=device), noise()
-            # Of the generated, then of the real images.
-            sigma_fake = levels(args.fake_levels, 2 * len(y)).view(2, -1)
-            eps_fake = torch.randn_like(torch.stack([real, real]))
-            generated = []
-            for rows in slices(args):
-                draws = iter(z)
-                with torch.no_grad(), autocast:
-                    if args.backward_simulation:
-                        x = simulated(generator, lambda: next(draws)[rows], y[rows], k[rows], tau)
-                    else:
-                        x = noised(real[rows], k[rows], z[0][rows])
-                with torch.set_grad_enabled(i == 0), autocast:
-                    x0 = generator(x, sigma_of(k[rows]), y[rows])
-                generated.append(x0.detach())
-                if i:                                       # the generator's update is the first's
-                    continue
-                leaf = x0.detach().requires_grad_()
-                with autocast:
-                    loss_dm, loss_gan = generator_losses(
-                        real_score, fake_score, disc, leaf, sigma[rows], eps[rows], y_fake[rows],
-                        args.dm_weight > 0, args.gan_weight > 0)
-                # Both at the image, to be weighed and watched there, then one pass through G.
-                grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
-                grad_gan = args.gan_weight * torch.autograd.grad(loss_gan, leaf)[0]
-                if args.gan_cap and args.dm_weight:
-                    bound = args.gan_cap * norm(grad_dm) / norm(grad_gan)
-                    grad_gan = torch.where(bound < 1, bound * grad_gan, grad_gan)
-                x0.backward((grad_dm + grad_gan) / args.accumulate)
-                if args.regression:
-                    loss = regression_loss(j[rows], k[rows], eps_pair[rows])
-                    (args.regression / args.accumulate * loss).backward()
-                    run.add(loss_regression=loss.detach())
-                run.add(loss_dm=loss_dm.detach(), loss_gan=loss_gan.detach(),
-                        grad_dm=norm(grad_dm), grad_gan=norm(grad_gan), **moments(leaf.detach()))
-            if i == 0:
-                grad_norm = mean_and_clip(generator.parameters())
-                opt_generator.step()
-                schedule_generator.step()
-                opt_generator.zero_grad()
-                generator_ema.update_parameters(generator)
-                run.add(grad_norm=grad_norm)
-
-            for rows, x0 in zip(slices(args), generated):
-                part = sigma_fake[:, rows].flatten(), eps_fake[:, rows].flatten(0, 1)
-                with autocast:
-                    if args.gan_weight:
-                        loss_fake, loss_disc = fake_score_losses(
-                            fake_score, disc, x0, real[rows], *part, y_fake[rows].repeat(2))
-                        run.add(loss_disc=loss_disc.detach())
-                    else:
-                        n, loss_disc = len(x0), 0
-                        loss_fake = denoising_loss(fake_score, x0, *(t[:n] for t in part),
-                                                   y_fake[rows])
-                ((loss_fake + args.disc_weight * loss_disc) / args.accumulate).backward()
-                run.add(loss_fake=loss_fake.detach())
-            grad_norm = mean_and_clip(fake_params)
-            opt_fake.step()
-            opt_fake.zero_grad()
-            run.add(grad_norm_fake=grad_norm)
-        schedule_fake.step()
-        done = step + 1 - begin
-        run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
-        if done % max(1, args.iters // 10) == 0:
-            fake_of_last = lambda x, sigma, y: fake_score(x, sigma, told(y, args.train_steps - 1))
-            with autocast:
-                draw(run, generator, real_score, fake_of_last, scorer.classes, tau,
-                     f"progress/{step + 1:07d}.png")
-        if args.score_every and done % args.score_every == 0 and done < args.iters:
-            evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema",
-                     f"progress/{step + 1:07d}")
-
-    if teacher_steps:
-        evaluate(run, scorer, teach, [teacher_steps], "teacher ema", "teacher",
-                 lambda n: (2 * n - 1) * (1 if args.cfg == 1 else 2))
-    evaluate(run, scorer, sampler(generator), args.steps, "generator", "raw")
-    evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema")
 
 
 # ---- common: errors ------------------------------------------------------------------------------

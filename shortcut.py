@@ -116,7 +116,187 @@ def check_method(args):
         raise UserError(f"--weight-decay {args.weight_decay}: expected at least 0")
 
 
+# ---- times and lengths ---------------------------------------------------------------------------
+
+def draw_t_d(batch, k, device="cpu"):
+    """Times t and lengths d [batch], and n: the first n rows are self-consistency, k on average.
+
+    The other rows are flow matching: d = 1/M and t ~ U(0, 1). The first n have the lengths 1/64
+    to 1 (the paper's 2d), in turn from a random start, each with a t on its grid 0, d, ..., 1 - d.
+    """
+    n = int(k * batch + torch.rand(()).item())
+    t, d = torch.rand(batch, device=device), torch.full((batch,), 1 / M, device=device)
+    start = torch.randint(LEVELS, (1,), device=device)
+    d[:n] = 0.5 ** ((torch.arange(n, device=device) + start) % LEVELS)
+    t[:n] = (t[:n] / d[:n]).floor() * d[:n]
+    return t, d, n
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+class Shortcut(nn.Module):
+    """s(x_t, t, d, y) = c_skip x_t + c_out net(x_t / S, t, -log2(d)/7, y), as EDM preconditions.
+
+    For images of variance a^2 (EDM: a = 0.5), x_t has variance S^2 = (1-t)^2 + (t a)^2; c_skip x_t
+    is the best linear guess of x_1 - x_0 and c_out the deviation of what is left, so the network's
+    flow target has variance one at every t. At t = 0, s = a net - x_0: one step gives the image
+    x_1 = a net, which no noise had to pass through.
+    """
+
+    def __init__(self, net, a=0.5):
+        super().__init__()
+        self.net, self.a = net, a
+
+    def forward(self, x, t, d, y):
+        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()
+        c_skip = (expand(t) * (1 + self.a ** 2) - 1) / S ** 2
+        return c_skip * x + self.a / S * self.net(x / S, t, d.log2() / -LEVELS, y)
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+def guided(s, x, t, d, y, cfg_scale=1.0):
+    """Classifier-free guidance, at the finest length; longer jumps learn it from there. 1: off."""
+    v = s(x, t, d, y)
+    if cfg_scale == 1:
+        return v
+    v_null = s(x, t, d, None)
+    return torch.where(expand(d <= 1 / M), v_null + cfg_scale * (v - v_null), v)
+
+
+@torch.no_grad()
+def self_consistency_target(s, x_t, t, d, y, cfg_scale=1.0):
+    """What a jump of 2d should do: the mean velocity of two jumps of d. Carries no gradient."""
+    s_t = guided(s, x_t, t, d, y, cfg_scale)
+    x_next = x_t + expand(d) * s_t                          # Eq. 3: the model's own x'_{t+d}
+    s_next = guided(s, x_next, t + d, d, y, cfg_scale)
+    return (s_t + s_next) / 2                               # Eq. 4
+
+
+def shortcut_loss(s, s_target, x_0, x_1, t, d, n, y, cfg_scale=1.0):
+    """Eq. 5, as one mean over the batch.
+
+    s, s_target: callables (x, t, d, y) -> velocity, of a label of None the null class's; the second
+    makes the targets. x_0 noise, x_1 images in [-1, 1], both [B, 3, R, R]; t, d, y [B], of which
+    the first n rows have self-consistency targets: their d is the paper's 2d.
+    Returns the scalar loss, and the parts of it that the batch has.
+    """
+    x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
+    target = x_1 - x_0                                      # Eq. 2
+    if n:
+        target[:n] = self_consistency_target(s_target, x_t[:n], t[:n], d[:n] / 2, y[:n],
+                                             cfg_scale)
+    error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))             # [B]
+    parts = dict(loss_flow=error[n:], loss_shortcut=error[:n])
+    return error.mean(), {name: e.mean().detach() for name, e in parts.items() if len(e)}
+
+
+# ---- sampler -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample(s, x_0, y, steps, d=None, cfg_scale=1.0):
+    """`steps` equal jumps from noise x_0 [B, 3, R, R] to images, labels y [B] (Algorithm 2).
+
+    d: the length that the network is told, 1/steps unless given: flow matching knows 1/M alone.
+    """
+    x, told = x_0, torch.full((len(x_0),), d or 1 / steps, device=x_0.device)
+    if (d or 1 / steps) > 1 / M:
+        cfg_scale = 1.0                                     # what a longer jump has learned already
+    for i in range(steps):
+        t = torch.full_like(told, i / steps)
+        x = x + guided(s, x, t, told, y, cfg_scale) / steps
+    return x
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def draw(run, generate, classes, name):
+    """A picture of the training so far: rows = 1, 2, 4, 128 steps, columns = classes."""
+    y = classes.repeat(10)[:10].to(run.device)
+    rows = [generate(noise_of(range(10), run.args, run.device), y, n) for n in (1, 2, 4, 128)]
+    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, autocast = set_up(args)
+    images = fid.load_images(args.data, args.resolution)
+    scorer, null_class = Scorer(args, device, images), len(images.classes)
+    if args.cfg != 1 and not images.classes:
+        raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
+    pixels, labels = images.pixels, images.labels.to(device)
+    if pixels.numel() < 2 ** 31:                            # more than 2 GB stay where they are
+        pixels = pixels.to(device)
+
+    torch.manual_seed(args.seed)
+    s = Shortcut(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention,
+                      null_class, conditions=2, dropout=args.dropout,
+                      checkpoint=args.checkpoint_activations))
+    s.to(device, memory_format=torch.channels_last)
+    s_ema = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    s_ema.eval().requires_grad_(False)
+    opt = torch.optim.AdamW(s.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay,
+                            fused=True)
+    schedule = warmup_cosine(opt, args.iters)
+    run = Run(args, device, images, dict(s=s, s_ema=s_ema, opt=opt, schedule=schedule))
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        graphs = "reduce-overhead" if device.type == "cuda" else None       # CUDA graphs
+        for net in (s.net, s_ema.module.net):
+            net.encode = torch.compile(net.encode, mode=graphs)
+            net.decode = torch.compile(net.decode, mode=graphs)
+
+    def own(x, t, d, y):
+        s.eval()                                            # no dropout in a target
+        # Weights that autocast casts here, without a gradient, must not serve the pass with one.
+        with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", False):
+            v = s(x, t, d, y)
+        s.train()
+        return v
+    s_target = s_ema if args.ema_targets else own
+
+    @torch.compiler.set_stance("force_eager")               # each batch size would compile anew
+    def generate(noise, y, steps):
+        with autocast:
+            return sample(s_ema, noise(), y, steps, None if args.k else 1 / M, args.cfg)
+    who = "shortcut ema" if args.k else "flow ema"
+    nfe = lambda n: 2 * n if args.cfg != 1 and (n == M or not args.k) else n
+
+    for step in run.steps(args.iters, "training", args.batch):
+        x_1, y = draw_batch(pixels, labels, args.batch, args.flip)
+        x_0 = torch.randn_like(x_1)
+        t, d, n = draw_t_d(args.batch, args.k, device)
+        if args.cfg != 1:                                   # flow rows alone need the null class
+            drop = torch.rand(len(y), device=device) < args.label_dropout
+            y = torch.where(drop & (torch.arange(args.batch, device=device) >= n), null_class, y)
+        for rows in slices(args, step):
+            part = [v[rows] for v in (x_0, x_1, t, d)]
+            first = len(range(n)[rows])                     # how many of these are of the first n
+            with autocast:
+                loss, parts = shortcut_loss(s, s_target, *part, first, y[rows], args.cfg)
+            (loss / args.accumulate).backward()
+            run.add(loss=loss.detach())
+            run.add(len(part[0]) - first, loss_flow=parts.get("loss_flow", 0))
+            run.add(first, loss_shortcut=parts.get("loss_shortcut", 0))
+        grad_norm = mean_and_clip(s.parameters())
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+        s_ema.update_parameters(s)
+        run.add(grad_norm=grad_norm)
+        if (step + 1) % max(1, args.iters // 10) == 0:
+            draw(run, generate, scorer.classes, f"progress/{step + 1:07d}.png")
+        if args.score_every and (step + 1) % args.score_every == 0 and step + 1 < args.iters:
+            evaluate(run, scorer, generate, args.steps, who, f"progress/{step + 1:07d}", nfe)
+
+    if not args.labels:
+        draw(run, generate, scorer.classes, "samples.png")
+    evaluate(run, scorer, generate, args.steps, who, nfe=nfe)
+
+
 # ---- common: arguments ---------------------------------------------------------------------------
+
+# From here to the end add.py, dmd2.py and shortcut.py have one text: what any run needs.
 
 KINDS = "shapes cifar10 folder imagenet64".split()      # the columns of PRESETS
 # The options that may differ from call to call of one run.
@@ -227,12 +407,12 @@ def parse_args(argv=None):
         raise UserError(f"--resolution {args.resolution}: cannot be halved {len(args.mult) - 1} "
                         "times, once between two stages of --mult")
     stages = [args.resolution >> i for i in range(len(args.mult))]
-    for side in args.attention:
-        if side not in stages and (stored or "attention" in given):
-            raise UserError(f"--attention {side}: no stage has that resolution; expected some of "
-                            f"{show(stages)}, or none")
-        if side not in stages:                              # the preset's, of other stages
-            args.attention = (stages[-1],)
+    wrong = [side for side in args.attention if side not in stages]
+    if wrong and not stored and "attention" not in given:   # the preset's, of other stages
+        args.attention = (stages[-1],)
+    elif wrong:
+        raise UserError(f"--attention {wrong[0]}: no stage has that resolution; expected some of "
+                        f"{show(stages)}, or none")
     check_method(args)
     if not args.steps:
         raise UserError("--steps: needs a number")
@@ -276,8 +456,7 @@ def set_up(args):
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            # Long enough for one that downloads, writes or scores. One that is killed is missed
-            # at once.
+            # An hour: one may download, write or score. One that is killed is missed at once.
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else
                                            "gloo", timeout=datetime.timedelta(hours=1))
         except (RuntimeError, ValueError) as error:
@@ -338,98 +517,6 @@ def warmup_cosine(opt, iters, end=0.0):
     return torch.optim.lr_scheduler.LambdaLR(
         opt, lambda i: min(1, (i + 1) / warmup)
         * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
-
-
-# ---- times and lengths ---------------------------------------------------------------------------
-
-def draw_t_d(batch, k, device="cpu"):
-    """Times t and lengths d [batch], and n: the first n rows are self-consistency, k on average.
-
-    The other rows are flow matching: d = 1/M and t ~ U(0, 1). The first n have the lengths 1/64
-    to 1 (the paper's 2d), in turn from a random start, each with a t on its grid 0, d, ..., 1 - d.
-    """
-    n = int(k * batch + torch.rand(()).item())
-    t, d = torch.rand(batch, device=device), torch.full((batch,), 1 / M, device=device)
-    start = torch.randint(LEVELS, (1,), device=device)
-    d[:n] = 0.5 ** ((torch.arange(n, device=device) + start) % LEVELS)
-    t[:n] = (t[:n] / d[:n]).floor() * d[:n]
-    return t, d, n
-
-
-# ---- the network ---------------------------------------------------------------------------------
-
-class Shortcut(nn.Module):
-    """s(x_t, t, d, y) = c_skip x_t + c_out net(x_t / S, t, -log2(d)/7, y), as EDM preconditions.
-
-    For images of variance a^2 (EDM: a = 0.5), x_t has variance S^2 = (1-t)^2 + (t a)^2; c_skip x_t
-    is the best linear guess of x_1 - x_0 and c_out the deviation of what is left, so the network's
-    flow target has variance one at every t. At t = 0, s = a net - x_0: one step gives the image
-    x_1 = a net, which no noise had to pass through.
-    """
-
-    def __init__(self, net, a=0.5):
-        super().__init__()
-        self.net, self.a = net, a
-
-    def forward(self, x, t, d, y):
-        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()
-        c_skip = (expand(t) * (1 + self.a ** 2) - 1) / S ** 2
-        return c_skip * x + self.a / S * self.net(x / S, t, d.log2() / -LEVELS, y)
-
-
-# ---- losses --------------------------------------------------------------------------------------
-
-def guided(s, x, t, d, y, cfg_scale=1.0):
-    """Classifier-free guidance, at the finest length; longer jumps learn it from there. 1: off."""
-    v = s(x, t, d, y)
-    if cfg_scale == 1:
-        return v
-    v_null = s(x, t, d, None)
-    return torch.where(expand(d <= 1 / M), v_null + cfg_scale * (v - v_null), v)
-
-
-@torch.no_grad()
-def self_consistency_target(s, x_t, t, d, y, cfg_scale=1.0):
-    """What a jump of 2d should do: the mean velocity of two jumps of d. Carries no gradient."""
-    s_t = guided(s, x_t, t, d, y, cfg_scale)
-    x_next = x_t + expand(d) * s_t                          # Eq. 3: the model's own x'_{t+d}
-    s_next = guided(s, x_next, t + d, d, y, cfg_scale)
-    return (s_t + s_next) / 2                               # Eq. 4
-
-
-def shortcut_loss(s, s_target, x_0, x_1, t, d, n, y, cfg_scale=1.0):
-    """Eq. 5, as one mean over the batch.
-
-    s, s_target: callables (x, t, d, y) -> velocity, of a label of None the null class's; the second
-    makes the targets. x_0 noise, x_1 images in [-1, 1], both [B, 3, R, R]; t, d, y [B], of which
-    the first n rows have self-consistency targets: their d is the paper's 2d.
-    Returns the scalar loss, and the parts of it that the batch has.
-    """
-    x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
-    target = x_1 - x_0                                      # Eq. 2
-    if n:
-        target[:n] = self_consistency_target(s_target, x_t[:n], t[:n], d[:n] / 2, y[:n],
-                                             cfg_scale)
-    error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))             # [B]
-    parts = dict(loss_flow=error[n:], loss_shortcut=error[:n])
-    return error.mean(), {name: e.mean().detach() for name, e in parts.items() if len(e)}
-
-
-# ---- sampler -------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def sample(s, x_0, y, steps, d=None, cfg_scale=1.0):
-    """`steps` equal jumps from noise x_0 [B, 3, R, R] to images, labels y [B] (Algorithm 2).
-
-    d: the length that the network is told, 1/steps unless given: flow matching knows 1/M alone.
-    """
-    x, told = x_0, torch.full((len(x_0),), d or 1 / steps, device=x_0.device)
-    if (d or 1 / steps) > 1 / M:
-        cfg_scale = 1.0                                     # what a longer jump has learned already
-    for i in range(steps):
-        t = torch.full_like(told, i / steps)
-        x = x + guided(s, x, t, told, y, cfg_scale) / steps
-    return x
 
 
 # ---- common: the run folder ----------------------------------------------------------------------
@@ -578,7 +665,7 @@ class Run:
                              disable=fid.quiet()) as self.bar:
             while self.step < end:
                 torch.manual_seed(self.args.seed * 1_000_003 + self.step)
-                if self.args.compile:                   # what CUDA graphs gave before may go
+                if self.args.compile:                   # CUDA graphs may write over their outputs
                     torch.compiler.cudagraph_mark_step_begin()
                 yield self.step
                 self.step += 1
@@ -588,7 +675,7 @@ class Run:
                 stop, late = fid.gather(torch.tensor(mine)).amax(0).tolist()
                 due = stop or late or self.step == end
                 if due or self.step % 50 == 0:
-                    self.log()                              # first: it refuses what is not finite
+                    self.log()                              # first: it ends a run gone to NaN
                 if due:
                     self.save()
                     saved = time.monotonic()
@@ -760,92 +847,6 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         run.since = run.since[0] + time.monotonic() - begun, run.since[1]
     else:
         print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
-
-
-# ---- training ------------------------------------------------------------------------------------
-
-def draw(run, generate, classes, name):
-    """A picture of the training so far: rows = 1, 2, 4, 128 steps, columns = classes."""
-    y = classes.repeat(10)[:10].to(run.device)
-    rows = [generate(noise_of(range(10), run.args, run.device), y, n) for n in (1, 2, 4, 128)]
-    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    device, autocast = set_up(args)
-    images = fid.load_images(args.data, args.resolution)
-    scorer, null_class = Scorer(args, device, images), len(images.classes)
-    if args.cfg != 1 and not images.classes:
-        raise UserError(f"--cfg {args.cfg}: {images.name} has no classes to guide to")
-    pixels, labels = images.pixels, images.labels.to(device)
-    if pixels.numel() < 2 ** 31:                            # more than 2 GB stay where they are
-        pixels = pixels.to(device)
-
-    torch.manual_seed(args.seed)
-    s = Shortcut(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention,
-                      null_class, conditions=2, dropout=args.dropout,
-                      checkpoint=args.checkpoint_activations))
-    s.to(device, memory_format=torch.channels_last)
-    s_ema = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    s_ema.eval().requires_grad_(False)
-    opt = torch.optim.AdamW(s.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay,
-                            fused=True)
-    schedule = warmup_cosine(opt, args.iters)
-    run = Run(args, device, images, dict(s=s, s_ema=s_ema, opt=opt, schedule=schedule))
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
-        graphs = "reduce-overhead" if device.type == "cuda" else None       # CUDA graphs
-        for net in (s.net, s_ema.module.net):
-            net.encode = torch.compile(net.encode, mode=graphs)
-            net.decode = torch.compile(net.decode, mode=graphs)
-
-    def own(x, t, d, y):
-        s.eval()                                            # no dropout in a target
-        # Weights that autocast casts here, without a gradient, must not serve the pass with one.
-        with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", False):
-            v = s(x, t, d, y)
-        s.train()
-        return v
-    s_target = s_ema if args.ema_targets else own
-
-    @torch.compiler.set_stance("force_eager")               # its batches are not the training's
-    def generate(noise, y, steps):
-        with autocast:
-            return sample(s_ema, noise(), y, steps, None if args.k else 1 / M, args.cfg)
-    who = "shortcut ema" if args.k else "flow ema"
-    nfe = lambda n: 2 * n if args.cfg != 1 and (n == M or not args.k) else n
-
-    for step in run.steps(args.iters, "training", args.batch):
-        x_1, y = draw_batch(pixels, labels, args.batch, args.flip)
-        x_0 = torch.randn_like(x_1)
-        t, d, n = draw_t_d(args.batch, args.k, device)
-        if args.cfg != 1:                                   # flow rows alone need the null class
-            drop = torch.rand(len(y), device=device) < args.label_dropout
-            y = torch.where(drop & (torch.arange(args.batch, device=device) >= n), null_class, y)
-        for rows in slices(args, step):
-            part = [v[rows] for v in (x_0, x_1, t, d)]
-            first = len(range(n)[rows])                     # self-consistency rows come first here
-            with autocast:
-                loss, parts = shortcut_loss(s, s_target, *part, first, y[rows], args.cfg)
-            (loss / args.accumulate).backward()
-            run.add(loss=loss.detach())
-            run.add(len(part[0]) - first, loss_flow=parts.get("loss_flow", 0))
-            run.add(first, loss_shortcut=parts.get("loss_shortcut", 0))
-        grad_norm = mean_and_clip(s.parameters())
-        opt.step()
-        schedule.step()
-        opt.zero_grad()
-        s_ema.update_parameters(s)
-        run.add(grad_norm=grad_norm)
-        if (step + 1) % max(1, args.iters // 10) == 0:
-            draw(run, generate, scorer.classes, f"progress/{step + 1:07d}.png")
-        if args.score_every and (step + 1) % args.score_every == 0 and step + 1 < args.iters:
-            evaluate(run, scorer, generate, args.steps, who, f"progress/{step + 1:07d}", nfe)
-
-    if not args.labels:
-        draw(run, generate, scorer.classes, "samples.png")
-    evaluate(run, scorer, generate, args.steps, who, nfe=nfe)
 
 
 # ---- common: errors ------------------------------------------------------------------------------
