@@ -220,7 +220,7 @@ class Denoiser(nn.Module):
         self.register_buffer("sigma", sigma, persistent=False)
 
     def noised(self, x0, t, eps):
-        return expand(self.alpha[t]) * x0 + expand(self.sigma[t]) * eps
+        return expand(self.alpha[t]) * x0 + expand(self.sigma[t]) * eps     # [B, 1, 1, 1] each
 
     def S(self, t):
         return (self.sigma[t] ** 2 + (self.alpha[t] * self.a) ** 2).sqrt()

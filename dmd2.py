@@ -266,7 +266,7 @@ class EDM(nn.Module):
 
     def encode(self, x, sigma, y):
         c_in = (sigma ** 2 + SIGMA_DATA ** 2).rsqrt()
-        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)
+        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)  # expand: [B, 1, 1, 1]
 
     def decode(self, features, x, sigma, y):
         variance = sigma ** 2 + SIGMA_DATA ** 2

@@ -682,7 +682,7 @@ def statistics(net, pixels, progress=None, keep=0, shared=False):
                 stats.kept[at[at >= 0]] = f[at >= 0]
                 rows.append(f)
                 if len(rows) * size >= 1024 or i + world * size >= len(pixels):
-                    stats.update(torch.cat(rows))           # f^T f of few rows costs as much
+                    stats.update(torch.cat(rows))           # few rows would cost as much as 1024
                     rows.clear()
                 bar.update(min(world * size, len(pixels) - i))
     finally:

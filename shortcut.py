@@ -148,7 +148,7 @@ class Shortcut(nn.Module):
         self.net, self.a = net, a
 
     def forward(self, x, t, d, y):
-        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()
+        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()             # expand: [B, 1, 1, 1]
         c_skip = (expand(t) * (1 + self.a ** 2) - 1) / S ** 2
         return c_skip * x + self.a / S * self.net(x / S, t, d.log2() / -LEVELS, y)
 

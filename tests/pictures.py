@@ -34,25 +34,38 @@ def strip(name, rows, columns=10):
         picture.paste(cells, (MARGIN, i * CELL))
         draw.text((MARGIN - 8, i * CELL + CELL / 2 + 2), label, (235, 235, 235), font, "rm",
                   align="right")
+    save(picture, name)
+
+
+def save(picture, name):
     picture.save(ASSETS / f"{name}.png", optimize=True)
     print(f"{name}: {(ASSETS / f'{name}.png').stat().st_size / 1000:.0f} kB")
 
 
+def minutes_of(folder):
+    """-> the minutes of training until each step (a string) that a run's log has."""
+    rows = csv.DictReader((folder / "log.csv").read_text().splitlines())
+    return {row["step"]: float(row["seconds"]) / 60 for row in rows}
+
+
 def curve(folder, calls):
-    """-> (minutes of training, distance) of a run's running mean, whenever it was scored."""
-    log, scores = (list(csv.DictReader((folder / name).read_text().splitlines()))
-                   for name in ("log.csv", "scores.csv"))
-    minutes = {row["step"]: float(row["seconds"]) / 60 for row in log}
+    """-> (minutes of training, distance) of a run's running mean, whenever it was scored; empty
+    where there is no such run."""
+    if not (folder / "scores.csv").exists():
+        return []
+    scores = csv.DictReader((folder / "scores.csv").read_text().splitlines())
+    minutes = minutes_of(folder)
     return sorted({minutes[row["step"]]: float(row["value"]) for row in scores
-                   if row["nfe"] == str(calls) and row["who"].endswith("ema")}.items())
+                   if row["nfe"] == str(calls) and row["who"].endswith("ema")
+                   and row["step"] in minutes}.items())
 
 
 def chart(name, curves):
     """Save assets/NAME.png: the distance, on a log scale, against minutes; of each (label, colour,
     line width, run folder, calls)."""
-    missing = [str(folder) for *_, folder, _ in curves if not (folder / "scores.csv").exists()]
+    missing = [folder for *_, folder, calls in curves if len(curve(folder, calls)) < 2]
     if missing:
-        print(f"{name}: no {missing[0]}")
+        print(f"{name}: no scores on the way (--score-every) in {missing[0]}")
         return
     lines = [(*how, curve(folder, calls)) for *how, folder, calls in curves]
     minutes, distances = zip(*(point for *_, line in lines for point in line))
@@ -78,8 +91,7 @@ def chart(name, curves):
             draw.circle(place, thick + 2, colour)
         draw.text((places[-1][0] + 16, places[-1][1]), label, colour, font, "lm")
     half = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
-    half.quantize(64).save(ASSETS / f"{name}.png", optimize=True)
-    print(f"{name}: {(ASSETS / f'{name}.png').stat().st_size / 1000:.0f} kB")
+    save(half.quantize(64), name)
 
 
 def few_calls():
@@ -122,11 +134,10 @@ def progress():
         if len(grids) < 10:
             rows.append((name, folder / "progress" / "*.png", 0))   # missing: strip() says so
             continue
-        with open(folder / "log.csv") as log:
-            times = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(log)]
         for grid in grids[0], grids[2], grids[9]:
-            seconds = max(s for step, s in times if step <= int(grid.stem))
-            rows.append((f"{name}.py,\n{seconds / 60:.1f} minutes", grid, 0))
+            minutes = max(m for step, m in minutes_of(folder).items()
+                          if int(step) <= int(grid.stem))
+            rows.append((f"{name}.py,\n{minutes:.1f} minutes", grid, 0))
     strip("progress", rows)
 
 

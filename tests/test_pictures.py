@@ -63,6 +63,9 @@ def test_a_chart_has_the_distances_of_the_mean_at_the_minutes_of_training(folder
     assert "chart: no" in capsys.readouterr().out and not (folders / "chart.png").exists()
     run.mkdir(parents=True)
     (run / "log.csv").write_text("step,seconds\n50,60\n100,120\n150,240\n")
+    (run / "scores.csv").write_text("step,nfe,who,value\n30,1,some ema,1\n150,1,some ema,1\n")
+    pictures.chart("chart", [("some", (255, 0, 0), 7, run, 1)])     # at the end alone
+    assert "--score-every" in capsys.readouterr().out and not (folders / "chart.png").exists()
     (run / "scores.csv").write_text(
         "step,nfe,who,value\n50,1,some ema,1\n50,4,some ema,7\n150,35,teacher ema,0.1\n"
         "100,1,some ema,0.1\n150,1,some,5\n150,1,some ema,9\n150,1,some ema,0.01\n")
