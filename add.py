@@ -162,28 +162,18 @@ def check_method(args):
         if not 1 <= n <= len(args.taus):
             raise UserError(f"--steps {n}: a student of {len(args.taus)} --taus samples in 1 to "
                             f"{len(args.taus)}")
-    for name, low, high in [("teacher_iters", 1, 2 ** 31), ("teacher_batch", 1, 2 ** 31),
-                            ("teacher_steps", 0, T), ("teacher_denoise_steps", 1, T),
-                            ("feature_noise", 0, T)]:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            span = f"{low} to {high}" if high == T else f"{low} or more"
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {span}")
-    if not 0 <= args.simulated <= 1:
-        raise UserError(f"--simulated {args.simulated}: expected a number from 0 to 1")
-    for name in ("teacher_lr", "disc_lr", "teacher_ema", "label_dropout"):
-        value = getattr(args, name)
-        if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
-                            "1")
+    expect(args, "teacher_iters teacher_batch", "1 or more", lambda n: 1 <= n < 2 ** 31)
+    expect(args, "teacher_steps feature_noise", f"0 to {T}", lambda n: 0 <= n <= T)
+    expect(args, "teacher_denoise_steps", f"1 to {T}", lambda n: 1 <= n <= T)
+    expect(args, "simulated", "a number from 0 to 1", lambda x: 0 <= x <= 1)
+    expect(args, "teacher_lr disc_lr", "a number between 0 and 1", lambda x: 0 < x < 1)
+    expect(args, "teacher_ema label_dropout", "a number from 0 to below 1", lambda x: 0 <= x < 1)
+    expect(args, "distill_weight adv_weight nfsd_scale r1 cfg", "at least 0",
+           lambda x: 0 <= x < math.inf)
     args.nulls = args.label_dropout > 0                     # the teacher knows the null label
     if not args.nulls and (args.cfg != 1 or args.weighting == "nfsd"):
         raise UserError("--cfg, --weighting nfsd: need a teacher that knows the null label; give a "
                         "--label-dropout above 0")
-    for name in ("distill_weight", "adv_weight", "nfsd_scale", "r1", "cfg"):
-        value = getattr(args, name)
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 0")
     if args.distill_weight == args.adv_weight == 0:
         raise UserError("--distill-weight 0 --adv-weight 0: nothing is left for the student to "
                         "learn from")
@@ -363,7 +353,8 @@ def r1_penalty(logits_real, features):
 def c_of_t(weighting, alpha, sigma):
     """exponential: alpha. sds: alpha w / (2 sigma) with w = sigma^2, which makes Eq. 4's gradient
     that of score distillation sampling, w (eps_hat - eps) (appendix A)."""
-    return dict(exponential=alpha, sds=alpha * sigma ** 2 / (2 * sigma))[weighting]
+    w = sigma ** 2
+    return dict(exponential=alpha, sds=alpha * w / (2 * sigma))[weighting]
 
 
 def distillation_loss(teacher, x_hat, t, eps, y, c, steps=1, cfg_scale=1.0):
@@ -483,10 +474,10 @@ def rewind(disc, buffers):
         now.copy_(then)
 
 
-def draw(run, student, teacher, classes, name):
+def draw(run, student, teacher, y, name):
     """A picture of the training so far, of fixed noise: the student's images in one call and in
     all, and what the teacher makes of the first once noised to t = 500."""
-    y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
+    y, noise = y.to(run.device), noise_of(range(10), run.args, run.device)
     x_hat = sample(student, noise, y, [T])
     refined = sample(student, noise_of(range(10), run.args, run.device), y, run.args.taus[::-1])
     t = torch.full_like(y, T // 2)
@@ -541,10 +532,11 @@ def main(argv=None):
     if args.teacher and not run.step:
         load_teacher(args.teacher, teacher_ema, run, args.nulls)
     begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
-    end, trained = begin + args.iters, run.step < begin + args.iters
-    teacher_steps = (32 if trained else 0) if args.teacher_steps is None else args.teacher_steps
+    end = begin + args.iters
+    trains = run.step < end                                 # if not, it is only sampled
+    teacher_steps = (32 if trains else 0) if args.teacher_steps is None else args.teacher_steps
     vit = None
-    if args.feature_net != "teacher" and trained:
+    if args.feature_net != "teacher" and trains:
         with fid.first_alone():
             vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
 
@@ -580,14 +572,10 @@ def main(argv=None):
                 loss = teacher_loss(teacher, x0[rows], t[rows], eps[rows], y[rows])
             (loss / args.accumulate).backward()
             run.add(loss_teacher=loss.detach())
-        grad_norm = mean_and_clip(teacher.parameters())
-        opt_teacher.step()
-        schedule_teacher.step()
-        opt_teacher.zero_grad()
+        run.add(grad_norm=update(opt_teacher, schedule_teacher))
         teacher_ema.update_parameters(teacher)
-        run.add(grad_norm=grad_norm)
         if (step + 1) % max(1, args.teacher_iters // 5) == 0:
-            y = scorer.classes.repeat(10)[:10].to(device)
+            y = scorer.columns.to(device)
             x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 32)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
     if run.step == begin and args.student_init == "teacher":
@@ -647,11 +635,7 @@ def main(argv=None):
                 run.add(loss_disc=loss_disc.detach(), r1=penalty.detach(),
                         d_real=mean(logits_real), d_fake=mean(logits_fake))
         if args.adv_weight:
-            norm_disc = mean_and_clip(disc.parameters())
-            opt_disc.step()
-            schedule_disc.step()
-            opt_disc.zero_grad()
-            run.add(grad_norm_disc=norm_disc)
+            run.add(grad_norm_disc=update(opt_disc, schedule_disc))
 
         iterated = [b.clone() for b in disc.buffers()]
         for i, rows in enumerate(parts):
@@ -680,16 +664,12 @@ def main(argv=None):
             del x_hat, fake
             run.add(grad_adv=norm(grad_adv), grad_distill=norm(grad_distill),
                     **moments(leaf.detach()))
-        grad_norm = mean_and_clip(student.parameters())
-        opt_student.step()
-        schedule_student.step()
-        opt_student.zero_grad()
+        run.add(grad_norm=update(opt_student, schedule_student))
         student_ema.update_parameters(student)
-        run.add(grad_norm=grad_norm)
         done = step + 1 - begin
         if done % max(1, args.iters // 10) == 0:
             with autocast:
-                draw(run, student_ema.module, psi, scorer.classes, f"progress/{step + 1:07d}.png")
+                draw(run, student_ema.module, psi, scorer.columns, f"progress/{step + 1:07d}.png")
         if args.score_every and done % args.score_every == 0 and done < args.iters:
             evaluate(run, scorer, sampler(student_ema.module), args.steps, "student ema",
                      f"progress/{step + 1:07d}")
@@ -720,15 +700,19 @@ def show(value):
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def refuse(message):                                    # argparse would print its usage, and exit
-    raise UserError(message)
+def expect(args, names, what, fits):
+    """Refuse options whose values do not fit; where none is given (None), nothing is wrong."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not fits(value):
+            raise UserError(f"--{name.replace('_', '-')} {show(value)}: expected {what}")
 
 
 def parse_args(argv=None):
     """What was given, over what an existing run was trained with, over the data set's preset."""
     parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error, defaults = refuse, {}
+    parser.error, defaults = fid.refuse, {}
 
     def add(flag, default=None, help="", **kwargs):
         name = flag[2:].replace("-", "_")
@@ -743,6 +727,8 @@ def parse_args(argv=None):
     add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
     add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
         "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
+    add("--preset", choices=KINDS, help="which data's defaults to take [those of --data]; shapes: "
+        "a network and a training for a CPU")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
     add("--iters", type=int, help="length of the training, of its last phase")
     add("--batch", type=int, help="images per update, of all processes together")
@@ -780,34 +766,30 @@ def parse_args(argv=None):
     name = pathlib.Path(given.get("data", "shapes")).resolve().name
     folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
     stored = stored_args(folder)
-    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    kind = fid.kind_of(given.get("data", stored.get("data", "shapes")))
+    preset = given.get("preset") or stored.get("preset") or kind
     if stored and given.get("precision") == "auto":         # what it came to is stored
         del given["precision"]
-    args = {name: values[kind] for name, values in defaults.items()}
-    args |= {name: value for name, value in stored.items() if name not in FREE}
+    args = {name: values[KINDS.index(preset)] for name, values in defaults.items()}
+    args |= dict(preset=preset) | {n: v for n, v in stored.items() if n not in FREE}
     for name, value in given.items():
         if stored and name not in FREE and args[name] != value:
             raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
                             f"{show(args[name])}, not {show(value)}; give another --out")
     args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
 
-    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
-                          channels=16, resolution=8).items():
-        if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
-                            "more")
+    expect(args, "iters batch accumulate", "1 or more", lambda n: 1 <= n < 2 ** 31)
+    expect(args, "samples score_every seed", "0 or more", lambda n: 0 <= n < 2 ** 31)
+    expect(args, "resolution", "8 or more", lambda n: 8 <= n < 2 ** 31)
+    expect(args, "channels", "a multiple of 16", lambda n: 16 <= n < 2 ** 31 and n % 16 == 0)
+    expect(args, "lr", "a number between 0 and 1", lambda x: 0 < x < 1)
+    expect(args, "ema dropout", "a number from 0 to below 1", lambda x: 0 <= x < 1)
     if given.get("inception"):
         if given.get("features") == "random":
             raise UserError("--inception: is of no use with --features random")
         args.features = "inception"
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
-    for name in ("lr", "ema", "dropout"):
-        value = getattr(args, name)
-        if not 0 <= value < 1 or name == "lr" and value == 0:
-            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
-    if args.channels % 16:
-        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
     if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
         raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
     if args.resolution % 2 ** (len(args.mult) - 1):
@@ -908,22 +890,30 @@ def slices(args, step=None):
         yield slice(part, None, parts)
 
 
-def mean_and_clip(params):
-    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
-    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
+def update(opt, schedule=None):
+    """An update by the gradients so far: their mean over all processes, clipped at norm 1.
+    -> the norm before."""
+    params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    world = fid.processes()[1]
     if world > 1:                                           # in one message
         flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
         for p, mean in zip(params, flat.split([p.numel() for p in params])):
             p.grad.copy_(mean.view_as(p))
-    return nn.utils.clip_grad_norm_(params, 1.0)
+    grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+    opt.step()
+    opt.zero_grad()
+    if schedule:
+        schedule.step()
+    return grad_norm
 
 
 def warmup_cosine(opt, iters, end=0.0):
     """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
-    warmup = min(100, iters // 10 + 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup)
-        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
+    def rate(i):
+        up = min(1, (i + 1) / min(100, iters // 10 + 1))
+        down = (1 + math.cos(math.pi * min(1, i / iters))) / 2
+        return up * (end + (1 - end) * down)
+    return torch.optim.lr_scheduler.LambdaLR(opt, rate)
 
 
 # ---- common: the run folder ----------------------------------------------------------------------
@@ -1186,6 +1176,7 @@ class Scorer:
         self.args, self.images = args, images
         self.name = images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
+        self.columns = self.classes.repeat(10)[:10]                     # of the pictures
         self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
         self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
         if args.samples and len(self.labels) < 2:
@@ -1207,17 +1198,17 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
 
     generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
-    args, classes, begun = run.args, scorer.classes, time.monotonic()
+    args, begun = run.args, time.monotonic()
     if args.labels:                                         # beside the pictures of all classes
         prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
         prefix = prefix.encode()[:150].decode(errors="ignore")
+    # First the picture's 80; then those to score, with labels in the data's proportions.
+    known, mixed = scorer.labels, torch.Generator().manual_seed(0)
+    to_score = known[torch.arange(args.samples) * len(known) // max(1, args.samples)]
+    to_score = to_score[torch.randperm(args.samples, generator=mixed)]
+    labels = torch.cat([scorer.columns.repeat(8), to_score])
+    count, kept = len(labels), slice(80 if args.samples else 0, None)
     for n in steps:
-        count = max(args.samples, 80)                       # the picture takes 80
-        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
-        known = scorer.labels if len(scorer.labels) else classes
-        labels = known[torch.arange(count) * len(known) // count]
-        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-        labels[:80] = classes.repeat(10)[:10].repeat(8)
         # In turn a batch for each process: samples are those of one process, bit for bit.
         (rank, world), pixels, spent = fid.processes(), [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
@@ -1232,15 +1223,17 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
                 pixels.append(fid.gather(own).flatten(0, 1))
                 spent += time.perf_counter() - start
                 bar.update(min(256 * world, count - first))
+                if run.signal:                              # in training: it ends after its step
+                    bar.set_postfix_str("then stopping")
         pixels = torch.cat(pixels)[:count]
         save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
-        if args.npz:
-            images = pixels.permute(0, 2, 3, 1).numpy()
-            run.write(f"{prefix}-{n}step.npz",
-                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
+        if args.npz:                                        # where none is scored, the picture's
+            arrays = dict(images=pixels[kept].permute(0, 2, 3, 1).numpy(),
+                          labels=labels[kept].numpy())
+            run.write(f"{prefix}-{n}step.npz", lambda path: np.savez(path, **arrays))
         if not args.samples:
             continue
-        value, speed = scorer(pixels[:args.samples]), count / spent
+        value, speed = scorer(pixels[kept]), count / spent
         step = run.step + run.training                      # of the updates done
         print(f"step {step}: " * run.training
               + fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
@@ -1256,26 +1249,6 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
-# ---- common: errors ------------------------------------------------------------------------------
-
 if __name__ == "__main__":
-    try:
-        main()
-        if fid.processes()[1] > 1:
-            distributed.destroy_process_group()
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) and not isinstance(error, fid.LostProcess):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
-            time.sleep(2)                                   # if not, it is this one's own trouble
-        print(f"{METHOD}.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not fid.out_of_memory(error):
-            raise
-        print(f"{METHOD}.py: out of memory; give --accumulate or --checkpoint-activations, or "
-              "fewer --channels and another --out",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                               # before there is anything to keep
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    fid.command(f"{METHOD}.py", main, "--accumulate or --checkpoint-activations, or fewer "
+                "--channels and another --out")

@@ -194,16 +194,15 @@ def check_method(args):
             able = [i for i in range(1, args.train_steps + 1) if args.train_steps % i == 0]
             raise UserError(f"--steps {n}: a generator trained for {args.train_steps} "
                             f"samples in {show(able)}")
-    for name, low in dict(teacher_iters=1, teacher_batch=1, teacher_steps=0, fake_updates=1,
-                          pairs=1, pairs_iters=0, disc_maps=0).items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < 2 ** 31:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
-    for name in ("teacher_lr", "fake_lr", "pairs_lr", "teacher_ema", "label_dropout"):
-        value = getattr(args, name)
-        if not 0 <= value < 1 or name.endswith("_lr") and value == 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number between 0 and "
-                            "1")
+    expect(args, "teacher_iters teacher_batch fake_updates pairs", "1 or more",
+           lambda n: 1 <= n < 2 ** 31)
+    expect(args, "teacher_steps pairs_iters disc_maps", "0 or more", lambda n: 0 <= n < 2 ** 31)
+    expect(args, "teacher_lr fake_lr pairs_lr", "a number between 0 and 1", lambda x: 0 < x < 1)
+    expect(args, "teacher_ema label_dropout", "a number from 0 to below 1", lambda x: 0 <= x < 1)
+    expect(args, "dm_weight gan_weight gan_cap disc_weight regression cfg", "at least 0",
+           lambda x: 0 <= x < math.inf)
+    expect(args, "dm_levels fake_levels", "two shares of the table, ascending, as 0.02,0.98",
+           lambda part: len(part) == 2 and 0 <= part[0] < part[1] <= 1)
     if args.disc_maps > len(args.mult):
         raise UserError(f"--disc-maps {args.disc_maps}: the encoder has {len(args.mult)}, one for "
                         "each of --mult")
@@ -214,11 +213,6 @@ def check_method(args):
     if args.nulls and args.label_dropout == 0:
         raise UserError(f"--cfg {args.cfg}: needs a teacher that knows the null label; give a "
                         "--label-dropout above 0")
-    for name in ("dm_levels", "fake_levels"):
-        part = getattr(args, name)
-        if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {show(part)}: expected two shares of the "
-                            "table, ascending, as 0.02,0.98")
     low = SIGMA_MIN if args.train_steps == 1 else 0.1       # room for the other calls' levels
     if not low < args.start_sigma <= SIGMA_MAX:
         raise UserError(f"--start-sigma {args.start_sigma}: expected at most {SIGMA_MAX}, and more "
@@ -226,10 +220,6 @@ def check_method(args):
     if not (-10 < args.p_mean < 10 and 0 < args.p_std < 10):
         raise UserError(f"--p-mean {args.p_mean} --p-std {args.p_std}: expected logarithms, the "
                         "second above 0")
-    for name in ("dm_weight", "gan_weight", "gan_cap", "disc_weight", "regression", "cfg"):
-        value = getattr(args, name)
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 0")
     if args.dm_weight == args.gan_weight == args.regression == 0:
         raise UserError("--dm-weight 0 --gan-weight 0: nothing is left for the generator to learn "
                         "from; give one of them or --regression")
@@ -252,6 +242,18 @@ def taus(steps, start=SIGMA_MAX):
     table = SIGMA_DATA * ((1 - alpha) / alpha).sqrt()       # those four: 7.3, 2.0, 0.81, 0.35
     n = int((table < start).sum())                          # levels below it
     return [float(start)] + [float(table[n - 1 - k * n // steps]) for k in range(1, steps)]
+
+
+def draw_levels(table, part, n):
+    """n random levels [n] of this part (two shares) of the table of ascending levels."""
+    low, high = (min(int(share * len(table)), len(table) - 1) for share in part)
+    return table[torch.randint(low, high + 1, (n,), device=table.device)]
+
+
+def draw_calls(n, calls):
+    """Which of its calls the generator makes for each of n images [n] int64, on the CPU: all of
+    them equally often, in turn from a random one."""
+    return (torch.arange(n) * calls // n + torch.randint(calls, ())) % calls
 
 
 # ---- the networks --------------------------------------------------------------------------------
@@ -372,6 +374,11 @@ def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
     return weighted_error(denoised, x0, sigma[:n]), loss_disc
 
 
+def regression_loss(G, x_t, sigma, y, x0):
+    """DMD's (2311.18828, Eq. 3): the generator's images against the teacher's of the same noise."""
+    return (G(x_t, sigma, y) - x0).square().mean()
+
+
 # ---- samplers ------------------------------------------------------------------------------------
 
 def simulated(G, noise, y, k, taus):
@@ -388,6 +395,12 @@ def simulated(G, noise, y, k, taus):
         sigma = torch.full(rows.shape, taus[i], device=x.device)
         x[rows] = G(x[rows], sigma, y[rows]) + taus[i + 1] * noise()[rows]
     return x                                                                    # [B, 3, R, R]
+
+
+def given(x0, k, eps, taus):
+    """What the calls k [B] see where images are given to them and not `simulated`: these, noised;
+    call 0, noise alone. taus [calls]: a tensor, as all the rest is on the images' device."""
+    return expand(k > 0) * x0 + expand(taus[k]) * eps                           # [B, 3, R, R]
 
 
 @torch.no_grad()
@@ -467,11 +480,11 @@ def teacher_pairs(run, generate, num_classes, begins):
     return z, y, from_uint8(x0).to(run.device)
 
 
-def draw(run, generator, real_score, fake_score, classes, tau, name):
+def draw(run, generator, real_score, fake_score, y, tau, name):
     """A picture of the training so far, of fixed noise: the generator's images (without EMA, as
     the fake score follows it), and what the teacher and the fake score make of them once noised
     to sigma = 2."""
-    y, noise = classes.repeat(10)[:10].to(run.device), noise_of(range(10), run.args, run.device)
+    y, noise = y.to(run.device), noise_of(range(10), run.args, run.device)
     x0 = sample(generator, noise, y, tau)
     sigma = torch.full((10,), 2.0, device=run.device)
     x_t = x0 + expand(sigma) * noise()
@@ -527,8 +540,9 @@ def main(argv=None):
         load_teacher(args.teacher, teacher_ema, run, args.nulls)
     taught = 0 if args.teacher else args.teacher_iters      # the steps where the phases end
     begin = taught + args.pairs_iters
-    end, trained = begin + args.iters, run.step < begin + args.iters
-    teacher_steps = (18 if trained else 0) if args.teacher_steps is None else args.teacher_steps
+    end = begin + args.iters
+    trains = run.step < end                                 # if not, it is only sampled
+    teacher_steps = (18 if trains else 0) if args.teacher_steps is None else args.teacher_steps
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
         for net in (teacher.net, teacher_ema.module.net, generator.net, generator_ema.module.net,
@@ -567,14 +581,10 @@ def main(argv=None):
                 loss = denoising_loss(teacher, x0[rows], sigma[rows], eps[rows], y[rows])
             (loss / args.accumulate).backward()
             run.add(loss_teacher=loss.detach())
-        grad_norm = mean_and_clip(teacher.parameters())
-        opt_teacher.step()
-        schedule_teacher.step()
-        opt_teacher.zero_grad()
+        run.add(grad_norm=update(opt_teacher, schedule_teacher))
         teacher_ema.update_parameters(teacher)
-        run.add(grad_norm=grad_norm)
         if (step + 1) % max(1, args.teacher_iters // 5) == 0:
-            y = scorer.classes.repeat(10)[:10].to(device)
+            y = scorer.columns.to(device)
             x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 18)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
     if run.step == taught:                                  # the other two begin as its mean
@@ -583,70 +593,48 @@ def main(argv=None):
         fake_score.load_state_dict(state | {name: state[name].repeat(sets, 1) for name in (
             "net.embed_label.weight", "net.label_map.weight")})
 
-    table, tau = karras(LEVELS).float().to(device), taus(args.train_steps, args.start_sigma)
-    if trained and (args.regression or run.step < begin):
+    table = karras(LEVELS).float().to(device)
+    tau = taus(args.train_steps, args.start_sigma)
+    tau_of = torch.tensor(tau, device=device)
+    if trains and (args.regression or run.step < begin):
         pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, tau[0]), null_class,
                               run.step == taught)
 
-    def calls(n):
-        """-> which call of the generator each of n images is for [n]: equal shares, in turn from a
-        random one. On the CPU, so that none waits for it."""
-        k = torch.arange(n) * args.train_steps // n + torch.randint(args.train_steps, ())
-        return k % args.train_steps
-
-    def on(t):
-        """A tensor of the CPU's, without a wait for a GPU's work so far."""
-        return t.to(device, non_blocking=True)
-
-    def sigma_of(k):
-        return on(torch.tensor(tau)[k])
-
-    def noised(x0, k, eps):
-        """What the generator's calls k see of images that are given; the first, noise alone."""
-        return on(expand(k > 0)) * x0 + expand(sigma_of(k)) * eps
-
-    def regression_loss(i, k, eps):
-        """DMD's: the generator's images of these pairs' noises against the teacher's. Later calls
-        get the teacher's images, noised by eps."""
+    def regression_batch(i, call, eps):
+        """What the generator's calls see of the pairs i [B], and what they should make of it: the
+        first call sees the pair's noise, later ones the teacher's image, noised by eps."""
         z, y, x0 = (t[i] for t in pairs)
-        eps = torch.where(on(expand(k > 0)), eps, z)
-        with autocast:
-            x0_hat = generator(noised(x0, k, eps), sigma_of(k), y)
-        return (x0_hat - x0).square().mean()
+        return given(x0, call, torch.where(expand(call > 0), eps, z), tau_of), tau_of[call], y, x0
 
     # Phase 2: a short regression, so that the generator begins where the teacher's sampler ends.
     for step in run.steps(begin, "pairs", args.batch):
-        i, k = torch.randint(args.pairs, (args.batch,), device=device), calls(args.batch)
-        eps = torch.randn_like(pairs[0][i])
+        i = torch.randint(args.pairs, (args.batch,), device=device)
+        call = draw_calls(args.batch, args.train_steps).to(device, non_blocking=True)
+        batch = regression_batch(i, call, torch.randn_like(pairs[0][i]))
         for rows in slices(args):
-            loss = regression_loss(i[rows], k[rows], eps[rows])
+            with autocast:
+                loss = regression_loss(generator, *(v[rows] for v in batch))
             (loss / args.accumulate).backward()
             run.add(loss_regression=loss.detach())
-        grad_norm = mean_and_clip(generator.parameters())
-        opt_pairs.step()
-        schedule_pairs.step()
-        opt_pairs.zero_grad()
-        run.add(grad_norm=grad_norm)
+        run.add(grad_norm=update(opt_pairs, schedule_pairs))
 
     # Phase 3: the distillation. A step is one update of the generator and --fake-updates of the
     # fake score.
-    def levels(part, n):
-        low, high = (min(int(share * LEVELS), LEVELS - 1) for share in part)
-        return table[torch.randint(low, high + 1, (n,), device=device)]
-
     for step in run.steps(end, "distillation", args.batch * args.fake_updates):
         for i in range(args.fake_updates):
             real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
-            k = calls(len(y))
-            y_fake = told(y, on(k))
+            k = draw_calls(len(y), args.train_steps)        # on the CPU, so that none waits for it
+            call = k.to(device, non_blocking=True)
+            y_fake = told(y, call)
             z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
             if i == 0:
-                sigma, eps = levels(args.dm_levels, len(y)), noise()
+                sigma, eps = draw_levels(table, args.dm_levels, len(y)), noise()
                 if args.regression:
-                    j, eps_pair = torch.randint(args.pairs, y.shape, device=device), noise()
+                    j = torch.randint(args.pairs, y.shape, device=device)
+                    batch = regression_batch(j, call, noise())
             # [2, B, ...]: of the generated, then of the real images.
-            sigma_fake = levels(args.fake_levels, 2 * len(y)).view(2, -1)
+            sigma_fake = draw_levels(table, args.fake_levels, 2 * len(y)).view(2, -1)
             eps_fake = torch.randn_like(torch.stack([real, real]))
             generated = []
             for rows in slices(args):
@@ -655,9 +643,9 @@ def main(argv=None):
                     if args.backward_simulation:
                         x = simulated(generator, lambda: next(draws)[rows], y[rows], k[rows], tau)
                     else:
-                        x = noised(real[rows], k[rows], z[0][rows])
+                        x = given(real[rows], call[rows], z[0][rows], tau_of)
                 with torch.set_grad_enabled(i == 0), autocast:
-                    x0 = generator(x, sigma_of(k[rows]), y[rows])
+                    x0 = generator(x, tau_of[call[rows]], y[rows])
                 generated.append(x0.detach())
                 if i:                                       # the generator's update is the first's
                     continue
@@ -674,18 +662,15 @@ def main(argv=None):
                     grad_gan = torch.where(bound < 1, bound * grad_gan, grad_gan)
                 x0.backward((grad_dm + grad_gan) / args.accumulate)
                 if args.regression:
-                    loss = regression_loss(j[rows], k[rows], eps_pair[rows])
+                    with autocast:
+                        loss = regression_loss(generator, *(v[rows] for v in batch))
                     (args.regression / args.accumulate * loss).backward()
                     run.add(loss_regression=loss.detach())
                 run.add(loss_dm=loss_dm.detach(), loss_gan=loss_gan.detach(),
                         grad_dm=norm(grad_dm), grad_gan=norm(grad_gan), **moments(leaf.detach()))
             if i == 0:
-                grad_norm = mean_and_clip(generator.parameters())
-                opt_generator.step()
-                schedule_generator.step()
-                opt_generator.zero_grad()
+                run.add(grad_norm=update(opt_generator, schedule_generator))
                 generator_ema.update_parameters(generator)
-                run.add(grad_norm=grad_norm)
 
             for rows, x0 in zip(slices(args), generated):
                 part = sigma_fake[:, rows].flatten(), eps_fake[:, rows].flatten(0, 1)
@@ -700,17 +685,14 @@ def main(argv=None):
                                                    y_fake[rows])
                 ((loss_fake + args.disc_weight * loss_disc) / args.accumulate).backward()
                 run.add(loss_fake=loss_fake.detach())
-            grad_norm = mean_and_clip(fake_params)
-            opt_fake.step()
-            opt_fake.zero_grad()
-            run.add(grad_norm_fake=grad_norm)
+            run.add(grad_norm_fake=update(opt_fake))
         schedule_fake.step()
         done = step + 1 - begin
         run.counts = dict(generator_updates=done, fake_updates=done * args.fake_updates)
         if done % max(1, args.iters // 10) == 0:
             fake_of_last = lambda x, sigma, y: fake_score(x, sigma, told(y, args.train_steps - 1))
             with autocast:
-                draw(run, generator, real_score, fake_of_last, scorer.classes, tau,
+                draw(run, generator, real_score, fake_of_last, scorer.columns, tau,
                      f"progress/{step + 1:07d}.png")
         if args.score_every and done % args.score_every == 0 and done < args.iters:
             evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema",
@@ -742,15 +724,19 @@ def show(value):
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def refuse(message):                                    # argparse would print its usage, and exit
-    raise UserError(message)
+def expect(args, names, what, fits):
+    """Refuse options whose values do not fit; where none is given (None), nothing is wrong."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not fits(value):
+            raise UserError(f"--{name.replace('_', '-')} {show(value)}: expected {what}")
 
 
 def parse_args(argv=None):
     """What was given, over what an existing run was trained with, over the data set's preset."""
     parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error, defaults = refuse, {}
+    parser.error, defaults = fid.refuse, {}
 
     def add(flag, default=None, help="", **kwargs):
         name = flag[2:].replace("-", "_")
@@ -765,6 +751,8 @@ def parse_args(argv=None):
     add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
     add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
         "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
+    add("--preset", choices=KINDS, help="which data's defaults to take [those of --data]; shapes: "
+        "a network and a training for a CPU")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
     add("--iters", type=int, help="length of the training, of its last phase")
     add("--batch", type=int, help="images per update, of all processes together")
@@ -802,34 +790,30 @@ def parse_args(argv=None):
     name = pathlib.Path(given.get("data", "shapes")).resolve().name
     folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
     stored = stored_args(folder)
-    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    kind = fid.kind_of(given.get("data", stored.get("data", "shapes")))
+    preset = given.get("preset") or stored.get("preset") or kind
     if stored and given.get("precision") == "auto":         # what it came to is stored
         del given["precision"]
-    args = {name: values[kind] for name, values in defaults.items()}
-    args |= {name: value for name, value in stored.items() if name not in FREE}
+    args = {name: values[KINDS.index(preset)] for name, values in defaults.items()}
+    args |= dict(preset=preset) | {n: v for n, v in stored.items() if n not in FREE}
     for name, value in given.items():
         if stored and name not in FREE and args[name] != value:
             raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
                             f"{show(args[name])}, not {show(value)}; give another --out")
     args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
 
-    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
-                          channels=16, resolution=8).items():
-        if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
-                            "more")
+    expect(args, "iters batch accumulate", "1 or more", lambda n: 1 <= n < 2 ** 31)
+    expect(args, "samples score_every seed", "0 or more", lambda n: 0 <= n < 2 ** 31)
+    expect(args, "resolution", "8 or more", lambda n: 8 <= n < 2 ** 31)
+    expect(args, "channels", "a multiple of 16", lambda n: 16 <= n < 2 ** 31 and n % 16 == 0)
+    expect(args, "lr", "a number between 0 and 1", lambda x: 0 < x < 1)
+    expect(args, "ema dropout", "a number from 0 to below 1", lambda x: 0 <= x < 1)
     if given.get("inception"):
         if given.get("features") == "random":
             raise UserError("--inception: is of no use with --features random")
         args.features = "inception"
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
-    for name in ("lr", "ema", "dropout"):
-        value = getattr(args, name)
-        if not 0 <= value < 1 or name == "lr" and value == 0:
-            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
-    if args.channels % 16:
-        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
     if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
         raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
     if args.resolution % 2 ** (len(args.mult) - 1):
@@ -930,22 +914,30 @@ def slices(args, step=None):
         yield slice(part, None, parts)
 
 
-def mean_and_clip(params):
-    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
-    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
+def update(opt, schedule=None):
+    """An update by the gradients so far: their mean over all processes, clipped at norm 1.
+    -> the norm before."""
+    params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    world = fid.processes()[1]
     if world > 1:                                           # in one message
         flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
         for p, mean in zip(params, flat.split([p.numel() for p in params])):
             p.grad.copy_(mean.view_as(p))
-    return nn.utils.clip_grad_norm_(params, 1.0)
+    grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+    opt.step()
+    opt.zero_grad()
+    if schedule:
+        schedule.step()
+    return grad_norm
 
 
 def warmup_cosine(opt, iters, end=0.0):
     """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
-    warmup = min(100, iters // 10 + 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup)
-        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
+    def rate(i):
+        up = min(1, (i + 1) / min(100, iters // 10 + 1))
+        down = (1 + math.cos(math.pi * min(1, i / iters))) / 2
+        return up * (end + (1 - end) * down)
+    return torch.optim.lr_scheduler.LambdaLR(opt, rate)
 
 
 # ---- common: the run folder ----------------------------------------------------------------------
@@ -1208,6 +1200,7 @@ class Scorer:
         self.args, self.images = args, images
         self.name = images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
+        self.columns = self.classes.repeat(10)[:10]                     # of the pictures
         self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
         self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
         if args.samples and len(self.labels) < 2:
@@ -1229,17 +1222,17 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
 
     generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
-    args, classes, begun = run.args, scorer.classes, time.monotonic()
+    args, begun = run.args, time.monotonic()
     if args.labels:                                         # beside the pictures of all classes
         prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
         prefix = prefix.encode()[:150].decode(errors="ignore")
+    # First the picture's 80; then those to score, with labels in the data's proportions.
+    known, mixed = scorer.labels, torch.Generator().manual_seed(0)
+    to_score = known[torch.arange(args.samples) * len(known) // max(1, args.samples)]
+    to_score = to_score[torch.randperm(args.samples, generator=mixed)]
+    labels = torch.cat([scorer.columns.repeat(8), to_score])
+    count, kept = len(labels), slice(80 if args.samples else 0, None)
     for n in steps:
-        count = max(args.samples, 80)                       # the picture takes 80
-        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
-        known = scorer.labels if len(scorer.labels) else classes
-        labels = known[torch.arange(count) * len(known) // count]
-        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-        labels[:80] = classes.repeat(10)[:10].repeat(8)
         # In turn a batch for each process: samples are those of one process, bit for bit.
         (rank, world), pixels, spent = fid.processes(), [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
@@ -1254,15 +1247,17 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
                 pixels.append(fid.gather(own).flatten(0, 1))
                 spent += time.perf_counter() - start
                 bar.update(min(256 * world, count - first))
+                if run.signal:                              # in training: it ends after its step
+                    bar.set_postfix_str("then stopping")
         pixels = torch.cat(pixels)[:count]
         save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
-        if args.npz:
-            images = pixels.permute(0, 2, 3, 1).numpy()
-            run.write(f"{prefix}-{n}step.npz",
-                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
+        if args.npz:                                        # where none is scored, the picture's
+            arrays = dict(images=pixels[kept].permute(0, 2, 3, 1).numpy(),
+                          labels=labels[kept].numpy())
+            run.write(f"{prefix}-{n}step.npz", lambda path: np.savez(path, **arrays))
         if not args.samples:
             continue
-        value, speed = scorer(pixels[:args.samples]), count / spent
+        value, speed = scorer(pixels[kept]), count / spent
         step = run.step + run.training                      # of the updates done
         print(f"step {step}: " * run.training
               + fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
@@ -1278,26 +1273,6 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
-# ---- common: errors ------------------------------------------------------------------------------
-
 if __name__ == "__main__":
-    try:
-        main()
-        if fid.processes()[1] > 1:
-            distributed.destroy_process_group()
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) and not isinstance(error, fid.LostProcess):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
-            time.sleep(2)                                   # if not, it is this one's own trouble
-        print(f"{METHOD}.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not fid.out_of_memory(error):
-            raise
-        print(f"{METHOD}.py: out of memory; give --accumulate or --checkpoint-activations, or "
-              "fewer --channels and another --out",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                               # before there is anything to keep
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    fid.command(f"{METHOD}.py", main, "--accumulate or --checkpoint-activations, or fewer "
+                "--channels and another --out")

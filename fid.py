@@ -28,6 +28,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -59,6 +60,38 @@ def out_of_memory(error):
     says = "out of memory", "not enough memory", "can't allocate memory", "bad_alloc"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
                                               and any(s in str(error) for s in says))
+
+
+def refuse(message):
+    """argparse's way to say what is wrong with the options would print its usage, too."""
+    raise UserError(message)
+
+
+def command(name, main, remedy):
+    """Run main(); what it lets through of a user's making ends in one line, not in a traceback.
+
+    name: of the script. remedy: what to give where memory is out. Exits with 2, or with 130 after
+    Ctrl-C, where nothing else has caught it.
+    """
+    try:
+        main()
+        if processes()[1] > 1:
+            distributed.destroy_process_group()
+        return
+    except KeyboardInterrupt:                               # before there is anything to keep
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, LostProcess):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
+            time.sleep(2)                                   # if not, it is this one's own trouble
+        wrong = error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        wrong = f"out of memory; give {remedy}"
+    print(f"{name}: {wrong}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Images(typing.NamedTuple):
@@ -871,8 +904,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="fid.py", description="The distance of samples to a data set: FID and, from the same "
         "features, KID, precision and recall.", allow_abbrev=False)
-    def refuse(message):                                # argparse would print its usage, and exit
-        raise UserError(message)
     parser.error, add = refuse, parser.add_argument
     add("samples", nargs="?", help=".npz or .npy of uint8 images, a folder of images, or "
         "statistics: .npz with mu and sigma")
@@ -986,16 +1017,4 @@ def score(samples, real, who, data, speed):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"fid.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print("fid.py: out of memory; give --device cpu", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    command("fid.py", main, "--device cpu")

@@ -105,15 +105,11 @@ def check_method(args):
     for n in args.steps:
         if n not in [2 ** i for i in range(LEVELS + 1)]:
             raise UserError(f"--steps {n}: a shortcut model jumps in 1, 2, 4, ... or {M} steps")
-    if not 0 <= args.k < 1:
-        raise UserError(f"--k {args.k}: is a share of the batch, from 0 to below 1")
-    if not (0 <= args.cfg < math.inf and 0 <= args.label_dropout < 1):
-        raise UserError("--cfg is a scale of at least 0, --label-dropout a share from 0 to below 1")
+    expect(args, "k label_dropout", "a number from 0 to below 1", lambda x: 0 <= x < 1)
+    expect(args, "cfg weight_decay", "at least 0", lambda x: 0 <= x < math.inf)
     if args.cfg != 1 and args.label_dropout == 0:
         raise UserError(f"--cfg {args.cfg}: needs the null label to be learned; give a "
                         "--label-dropout above 0")
-    if not 0 <= args.weight_decay < math.inf:
-        raise UserError(f"--weight-decay {args.weight_decay}: expected at least 0")
 
 
 # ---- times and lengths ---------------------------------------------------------------------------
@@ -210,9 +206,9 @@ def sample(s, x_0, y, steps, d=None, cfg_scale=1.0):
 
 # ---- training ------------------------------------------------------------------------------------
 
-def draw(run, generate, classes, name):
-    """A picture of the training so far: rows = 1, 2, 4, 128 steps, columns = classes."""
-    y = classes.repeat(10)[:10].to(run.device)
+def draw(run, generate, y, name):
+    """A picture of the training so far: rows = 1, 2, 4, 128 steps, labels y [10] = columns."""
+    y = y.to(run.device)
     rows = [generate(noise_of(range(10), run.args, run.device), y, n) for n in (1, 2, 4, 128)]
     save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
 
@@ -278,19 +274,13 @@ def main(argv=None):
             run.add(loss=loss.detach())
             run.add(len(part[0]) - first, loss_flow=parts.get("loss_flow", 0))
             run.add(first, loss_shortcut=parts.get("loss_shortcut", 0))
-        grad_norm = mean_and_clip(s.parameters())
-        opt.step()
-        schedule.step()
-        opt.zero_grad()
+        run.add(grad_norm=update(opt, schedule))
         s_ema.update_parameters(s)
-        run.add(grad_norm=grad_norm)
         if (step + 1) % max(1, args.iters // 10) == 0:
-            draw(run, generate, scorer.classes, f"progress/{step + 1:07d}.png")
+            draw(run, generate, scorer.columns, f"progress/{step + 1:07d}.png")
         if args.score_every and (step + 1) % args.score_every == 0 and step + 1 < args.iters:
             evaluate(run, scorer, generate, args.steps, who, f"progress/{step + 1:07d}", nfe)
 
-    if not args.labels:
-        draw(run, generate, scorer.classes, "samples.png")
     evaluate(run, scorer, generate, args.steps, who, nfe=nfe)
 
 
@@ -313,15 +303,19 @@ def show(value):
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def refuse(message):                                    # argparse would print its usage, and exit
-    raise UserError(message)
+def expect(args, names, what, fits):
+    """Refuse options whose values do not fit; where none is given (None), nothing is wrong."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not fits(value):
+            raise UserError(f"--{name.replace('_', '-')} {show(value)}: expected {what}")
 
 
 def parse_args(argv=None):
     """What was given, over what an existing run was trained with, over the data set's preset."""
     parser = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__.partition("\n")[0],
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error, defaults = refuse, {}
+    parser.error, defaults = fid.refuse, {}
 
     def add(flag, default=None, help="", **kwargs):
         name = flag[2:].replace("-", "_")
@@ -336,6 +330,8 @@ def parse_args(argv=None):
     add("--steps", type=numbers, default=STEPS, help="sampling steps (NFE), a comma list")
     add("--data", default="shapes", help="shapes, cifar10, a folder of images (subfolders are "
         "classes), or one of downsampled-ImageNet train_data_batch_*.npz")
+    add("--preset", choices=KINDS, help="which data's defaults to take [those of --data]; shapes: "
+        "a network and a training for a CPU")
     add("--out", help=f"run folder [runs/{METHOD}-DATA]")
     add("--iters", type=int, help="length of the training, of its last phase")
     add("--batch", type=int, help="images per update, of all processes together")
@@ -373,34 +369,30 @@ def parse_args(argv=None):
     name = pathlib.Path(given.get("data", "shapes")).resolve().name
     folder = pathlib.Path(given.get("out") or f"runs/{METHOD}-{name}{variant(given)}")
     stored = stored_args(folder)
-    kind = KINDS.index(fid.kind_of(given.get("data", stored.get("data", "shapes"))))
+    kind = fid.kind_of(given.get("data", stored.get("data", "shapes")))
+    preset = given.get("preset") or stored.get("preset") or kind
     if stored and given.get("precision") == "auto":         # what it came to is stored
         del given["precision"]
-    args = {name: values[kind] for name, values in defaults.items()}
-    args |= {name: value for name, value in stored.items() if name not in FREE}
+    args = {name: values[KINDS.index(preset)] for name, values in defaults.items()}
+    args |= dict(preset=preset) | {n: v for n, v in stored.items() if n not in FREE}
     for name, value in given.items():
         if stored and name not in FREE and args[name] != value:
             raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "
                             f"{show(args[name])}, not {show(value)}; give another --out")
     args = argparse.Namespace(**args | given | dict(out=str(folder), method=METHOD))
 
-    for name, low in dict(iters=1, batch=1, accumulate=1, samples=0, score_every=0, seed=0,
-                          channels=16, resolution=8).items():
-        if not low <= getattr(args, name) < 2 ** 31:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or "
-                            "more")
+    expect(args, "iters batch accumulate", "1 or more", lambda n: 1 <= n < 2 ** 31)
+    expect(args, "samples score_every seed", "0 or more", lambda n: 0 <= n < 2 ** 31)
+    expect(args, "resolution", "8 or more", lambda n: 8 <= n < 2 ** 31)
+    expect(args, "channels", "a multiple of 16", lambda n: 16 <= n < 2 ** 31 and n % 16 == 0)
+    expect(args, "lr", "a number between 0 and 1", lambda x: 0 < x < 1)
+    expect(args, "ema dropout", "a number from 0 to below 1", lambda x: 0 <= x < 1)
     if given.get("inception"):
         if given.get("features") == "random":
             raise UserError("--inception: is of no use with --features random")
         args.features = "inception"
     if args.samples == 1:
         raise UserError("--samples 1: has no covariance; give 0, or at least 2")
-    for name in ("lr", "ema", "dropout"):
-        value = getattr(args, name)
-        if not 0 <= value < 1 or name == "lr" and value == 0:
-            raise UserError(f"--{name} {value}: expected a number between 0 and 1")
-    if args.channels % 16:
-        raise UserError(f"--channels {args.channels}: expected a multiple of 16")
     if len(args.mult) != len(args.blocks) or min(args.mult + args.blocks, default=0) < 1:
         raise UserError("--mult and --blocks: expected as many numbers, each at least 1")
     if args.resolution % 2 ** (len(args.mult) - 1):
@@ -501,22 +493,30 @@ def slices(args, step=None):
         yield slice(part, None, parts)
 
 
-def mean_and_clip(params):
-    """Gradients become their mean over all processes, clipped at norm 1. -> the norm before."""
-    params, world = [p for p in params if p.grad is not None], fid.processes()[1]
+def update(opt, schedule=None):
+    """An update by the gradients so far: their mean over all processes, clipped at norm 1.
+    -> the norm before."""
+    params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    world = fid.processes()[1]
     if world > 1:                                           # in one message
         flat = fid.total(torch.cat([p.grad.flatten() for p in params])) / world
         for p, mean in zip(params, flat.split([p.numel() for p in params])):
             p.grad.copy_(mean.view_as(p))
-    return nn.utils.clip_grad_norm_(params, 1.0)
+    grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+    opt.step()
+    opt.zero_grad()
+    if schedule:
+        schedule.step()
+    return grad_norm
 
 
 def warmup_cosine(opt, iters, end=0.0):
     """The learning rate over a training: up for 100 steps or a tenth, then down to `end` of it."""
-    warmup = min(100, iters // 10 + 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda i: min(1, (i + 1) / warmup)
-        * (end + (1 - end) * (1 + math.cos(math.pi * min(1, i / iters))) / 2))
+    def rate(i):
+        up = min(1, (i + 1) / min(100, iters // 10 + 1))
+        down = (1 + math.cos(math.pi * min(1, i / iters))) / 2
+        return up * (end + (1 - end) * down)
+    return torch.optim.lr_scheduler.LambdaLR(opt, rate)
 
 
 # ---- common: the run folder ----------------------------------------------------------------------
@@ -779,6 +779,7 @@ class Scorer:
         self.args, self.images = args, images
         self.name = images.name + f" ({args.labels})" * bool(args.labels)
         self.classes, self.reference = classes_to_draw(args, images), None
+        self.columns = self.classes.repeat(10)[:10]                     # of the pictures
         self.wanted = torch.isin(images.labels, self.classes) if args.labels else slice(None)
         self.labels = images.labels[self.wanted].sort().values          # to draw in proportion
         if args.samples and len(self.labels) < 2:
@@ -800,17 +801,17 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
 
     generate: (noise() [B, 3, R, R], labels [B], steps) -> images in [-1, 1]. who: whose weights.
     """
-    args, classes, begun = run.args, scorer.classes, time.monotonic()
+    args, begun = run.args, time.monotonic()
     if args.labels:                                         # beside the pictures of all classes
         prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
         prefix = prefix.encode()[:150].decode(errors="ignore")
+    # First the picture's 80; then those to score, with labels in the data's proportions.
+    known, mixed = scorer.labels, torch.Generator().manual_seed(0)
+    to_score = known[torch.arange(args.samples) * len(known) // max(1, args.samples)]
+    to_score = to_score[torch.randperm(args.samples, generator=mixed)]
+    labels = torch.cat([scorer.columns.repeat(8), to_score])
+    count, kept = len(labels), slice(80 if args.samples else 0, None)
     for n in steps:
-        count = max(args.samples, 80)                       # the picture takes 80
-        # Labels in the data's proportions; the first 80, for the picture, run through the classes.
-        known = scorer.labels if len(scorer.labels) else classes
-        labels = known[torch.arange(count) * len(known) // count]
-        labels = labels[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-        labels[:80] = classes.repeat(10)[:10].repeat(8)
         # In turn a batch for each process: samples are those of one process, bit for bit.
         (rank, world), pixels, spent = fid.processes(), [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
@@ -825,15 +826,17 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
                 pixels.append(fid.gather(own).flatten(0, 1))
                 spent += time.perf_counter() - start
                 bar.update(min(256 * world, count - first))
+                if run.signal:                              # in training: it ends after its step
+                    bar.set_postfix_str("then stopping")
         pixels = torch.cat(pixels)[:count]
         save_grid(run, f"{prefix}-{n}step.png", pixels[:80])
-        if args.npz:
-            images = pixels.permute(0, 2, 3, 1).numpy()
-            run.write(f"{prefix}-{n}step.npz",
-                      lambda path: np.savez(path, images=images, labels=labels.numpy()))
+        if args.npz:                                        # where none is scored, the picture's
+            arrays = dict(images=pixels[kept].permute(0, 2, 3, 1).numpy(),
+                          labels=labels[kept].numpy())
+            run.write(f"{prefix}-{n}step.npz", lambda path: np.savez(path, **arrays))
         if not args.samples:
             continue
-        value, speed = scorer(pixels[:args.samples]), count / spent
+        value, speed = scorer(pixels[kept]), count / spent
         step = run.step + run.training                      # of the updates done
         print(f"step {step}: " * run.training
               + fid.protocol(scorer.net.label, f"{value:.4g}", scorer.net.name, args.samples,
@@ -849,26 +852,6 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
         print(f"pictures: {run.folder}/{prefix}-*step.png", flush=True)
 
 
-# ---- common: errors ------------------------------------------------------------------------------
-
 if __name__ == "__main__":
-    try:
-        main()
-        if fid.processes()[1] > 1:
-            distributed.destroy_process_group()
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) and not isinstance(error, fid.LostProcess):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
-            time.sleep(2)                                   # if not, it is this one's own trouble
-        print(f"{METHOD}.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not fid.out_of_memory(error):
-            raise
-        print(f"{METHOD}.py: out of memory; give --accumulate or --checkpoint-activations, or "
-              "fewer --channels and another --out",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                               # before there is anything to keep
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    fid.command(f"{METHOD}.py", main, "--accumulate or --checkpoint-activations, or fewer "
+                "--channels and another --out")

@@ -144,6 +144,35 @@ def test_a_finished_run_only_samples_and_takes_its_options_from_the_folder(tmp_p
         shortcut.main([*line, "--k", "0"])
 
 
+def test_scored_samples_have_the_datas_proportions_and_the_picture_all_classes(tmp_path,
+                                                                                 monkeypatch):
+    pixels, labels = SMALL[16]
+    some = torch.cat([(labels == 3).nonzero()[:15, 0], (labels == 7).nonzero()[:5, 0]])
+    monkeypatch.setattr(fid, "shapes", lambda resolution: (pixels[some], labels[some]))
+    drawn, scored = [], []
+    def sample(s, x, y, *rest, real=shortcut.sample):
+        drawn.append(y)
+        return real(s, x, y, *rest)
+    def score(self, pixels, real=shortcut.Scorer.__call__):
+        scored.append(pixels)
+        return real(self, pixels)
+    monkeypatch.setattr(shortcut, "draw", lambda *args: None)
+    monkeypatch.setattr(shortcut, "sample", sample)
+    monkeypatch.setattr(shortcut.Scorer, "__call__", score)
+    shortcut.main([*TINY, "--steps", "1", "--samples", "40", "--iters", "1", "--npz", "--out",
+                   str(tmp_path)])
+    y, = drawn
+    assert y[:80].tolist() == 8 * [*range(10)]
+    assert y[80:].bincount(minlength=10).tolist() == [0, 0, 0, 30, 0, 0, 0, 10, 0, 0]
+    assert y[80:].tolist() != sorted(y[80:].tolist())           # two halves are alike
+    with np.load(tmp_path / "samples-1step.npz") as z:
+        assert z["labels"].tolist() == y[80:].tolist()
+        assert (z["images"] == scored[0].permute(0, 2, 3, 1).numpy()).all() and len(scored) == 1
+    shortcut.main(["--out", str(tmp_path), "--steps", "1", "--samples", "0", "--npz"])
+    with np.load(tmp_path / "samples-1step.npz") as z:                  # the picture's
+        assert z["labels"].tolist() == y[:80].tolist() and len(z["images"]) == 80
+
+
 def test_samples_do_not_depend_on_the_batch_they_were_drawn_in():
     args = shortcut.parse_args([*TINY, "--out", "nowhere"])
     noise = shortcut.noise_of(range(6), args)
@@ -196,7 +225,7 @@ def test_the_common_blocks_are_the_same_in_all_scripts():
                                               re.M | re.S).group())
     first, second, third = map(blocks, ("shortcut.py", "dmd2.py", "add.py"))
     assert [*first] == ["common: arguments", "common: the run folder",
-                        "common: pictures and scores", "common: errors", "imports"]
+                        "common: pictures and scores", "imports"]
     for title, text in first.items():
         assert second[title] == text and third[title] == text
     assert second == third and len(second) == len(first) + 1
@@ -230,11 +259,11 @@ MISTAKES = [                                                # of any of the scri
     ("--lr 20", "--lr 20.0: expected a number between 0 and 1"),
     ("--lr nan", "--lr nan: expected a number between 0 and 1"),
     ("--lr 0", "--lr 0.0: expected a number between 0 and 1"),
-    ("--ema 1", "--ema 1.0: expected a number between 0 and 1"),
-    ("--dropout -0.1", "--dropout -0.1: expected a number between 0 and 1"),
+    ("--ema 1", "--ema 1.0: expected a number from 0 to below 1"),
+    ("--dropout -0.1", "--dropout -0.1: expected a number from 0 to below 1"),
     ("--cfg -1", "--cfg"), ("--cfg nan", "--cfg"), ("--label-dropout 2", "--label-dropout"),
     ("--channels 24", "--channels 24: expected a multiple of 16"),
-    ("--channels 8", "--channels 8: expected 16 or more"),
+    ("--channels 8", "--channels 8: expected a multiple of 16"),
     ("--mult 1,2", "--mult and --blocks: expected as many numbers"),
     ("--mult none", "--mult and --blocks: expected as many numbers"),
     ("--blocks 0,1,1", "--mult and --blocks: expected as many numbers, each at least 1"),
@@ -268,13 +297,13 @@ TEACHERS = [                                                # of the scripts tha
     ("--teacher-batch 9 --accumulate 2", "--teacher-batch 9: expected a multiple of 1 processes"),
     ("--teacher-iters -1", "--teacher-iters -1: expected 1"),
     ("--teacher-lr inf", "--teacher-lr inf: expected a number between 0 and 1"),
-    ("--teacher-ema 1", "--teacher-ema 1.0: expected a number between 0 and 1"),
+    ("--teacher-ema 1", "--teacher-ema 1.0: expected a number from 0 to below 1"),
     ("--teacher-steps -1", "--teacher-steps -1: expected 0")]
 SHORTCUTS = [
     ("--steps 3", "--steps 3: a shortcut model jumps in 1, 2, 4"),
     ("--weight-decay -1", "--weight-decay -1.0: expected at least 0"),
-    ("--k 1", "--k 1.0: is a share of the batch, from 0 to"),
-    ("--k nan", "--k nan: is a share of the batch"),
+    ("--k 1", "--k 1.0: expected a number from 0 to below 1"),
+    ("--k nan", "--k nan: expected a number from 0 to below 1"),
     ("--cfg 2 --label-dropout 0", "--cfg 2.0: needs the null label to be learned")]
 ALL = [(method, *mistake) for method in ("shortcut", "dmd2", "add") for mistake in
        MISTAKES + (SHORTCUTS if method == "shortcut" else TEACHERS)]
@@ -383,6 +412,28 @@ def test_attention_of_a_preset_moves_to_a_stage_that_is_there(script, tmp_path):
     assert parse("--mult", "1,2", "--blocks", "1,1") == (16,)
     with pytest.raises(fid.UserError, match="--attention 8: no stage .* expected some of 64,32,16"):
         parse("--resolution", "64", "--attention", "8")
+
+
+@pytest.mark.parametrize("script", [shortcut, dmd2, add])
+def test_a_preset_is_its_column_whatever_the_data(script, tmp_path):
+    args = lambda *line: vars(script.parse_args([*line]))
+    asked = args("--data", str(tmp_path), "--preset", "shapes", "--lr", "0.25")
+    assert asked == args("--lr", "0.25") | {name: asked[name] for name in ("data", "out")}
+    assert asked["data"] == str(tmp_path)
+    by_data = args("--data", "cifar10")
+    assert by_data["preset"] == "cifar10" and by_data == args("--data", "cifar10", "--preset",
+                                                              "cifar10")
+
+
+def test_a_run_keeps_its_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["--preset", "cifar10", "--out", "run"]
+    shortcut.main([*TINY, *line, "--attention", "none", "--iters", "1", "--samples", "0"])
+    again = shortcut.parse_args(["--out", "run"])
+    assert (again.preset, again.ema_targets, again.samples) == ("cifar10", True, 50_000)
+    assert shortcut.parse_args(line) == again
+    with pytest.raises(fid.UserError, match="was trained with --preset cifar10, not shapes"):
+        shortcut.parse_args(["--out", "run", "--preset", "shapes"])
 
 
 def test_a_folder_called_shapes_is_a_folder(tmp_path, monkeypatch):

@@ -83,12 +83,19 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
             [cosine(100), 1 + end, cosine(4999), 2 * end], abs=1e-9)
 
 
-def test_gradients_are_clipped_at_norm_1():
+def test_an_update_goes_down_gradients_clipped_at_norm_1_and_then_forgets_them():
     for scale, clipped in (3.0, 1.0), (0.1, 0.5):
         p = torch.zeros(25, requires_grad=True)
+        opt = torch.optim.SGD([p], lr=2.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.5 ** i)
         p.grad = torch.full((25,), scale)
-        assert shortcut.mean_and_clip([p]).item() == approx(5 * scale)
-        assert p.grad.norm().item() == approx(clipped, rel=1e-4)
+        assert shortcut.update(opt, schedule).item() == approx(5 * scale)
+        assert (p < 0).all() and p.norm().item() == approx(2 * clipped, rel=1e-4)
+        assert p.grad is None and schedule.get_last_lr() == [1.0]
+        p.grad = torch.full((25,), scale)
+        shortcut.update(opt)                                # at half the rate, which stays
+        assert p.norm().item() == approx(3 * clipped, rel=1e-4)
+        assert schedule.get_last_lr() == [1.0]
 
 
 # ---- shortcut.py ---------------------------------------------------------------------------------

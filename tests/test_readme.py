@@ -60,9 +60,9 @@ def test_a_command_runs(command, tmp_path, monkeypatch):
     assert all((pathlib.Path(args.out) / f"{stem}-{n}step.png").exists() for n in args.steps)
 
 
-@pytest.mark.parametrize("command", [c for c in SCRIPTS if "cifar10" in c and "--channels" in c])
+@pytest.mark.parametrize("command", [c for c in SCRIPTS if "cifar10" in c and "--preset" in c])
 def test_a_cifar10_line_is_the_run_of_the_folder_that_was_measured(command, tmp_path):
-    """Its numbers are those of a folder of JPEG files, which has another preset."""
+    """Its numbers are those of a folder of JPEG files."""
     name, argv = re.search(r"python (shortcut|dmd2|add)\.py(.*)", command).groups()
     script, argv = dict(shortcut=shortcut, dmd2=dmd2, add=add)[name], shlex.split(argv)
     printed = script.parse_args(argv)
