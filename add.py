@@ -420,7 +420,7 @@ def simulated(student, eps, y, k, taus):
     x = eps[-1].clone()                                     # the first call's: pure noise
     for i in range(len(taus) - 1, 0, -1):
         rows = (k < i).nonzero()[:, 0]                      # there is another call to come
-        rows = rows.to(y.device, non_blocking=True)
+        rows = rows.to(x.device, non_blocking=True)
         if len(rows):
             then = torch.full_like(y[rows], taus[i - 1])
             x_hat = student(x[rows], torch.full_like(then, taus[i]), y[rows])

@@ -68,10 +68,10 @@ def refuse(message):
 
 
 def command(name, main, remedy):
-    """Run main(); what it lets through of a user's making ends in one line, not in a traceback.
+    """Run main(). A user's mistake, and too little memory, are one line and exit code 2, not a
+    traceback; so is Ctrl-C (130), where nothing else has caught it.
 
-    name: of the script. remedy: what to give where memory is out. Exits with 2, or with 130 after
-    Ctrl-C, where nothing else has caught it.
+    name: of the script. remedy: what to give where memory is out.
     """
     try:
         main()

@@ -132,6 +132,12 @@ def train(args, script, *options, steps=None, parts=False, flops=False):
     return clock
 
 
+def parse(args, script, *options):
+    """A run's arguments, whatever runs there are already."""
+    with tempfile.TemporaryDirectory() as out:
+        return script.parse_args([*args.options, *options, "--samples", "0", "--out", out])
+
+
 def preset(script, column, *names):
     """The options of a preset's network, and of further names."""
     i, options = script.KINDS.index(column), []
@@ -218,7 +224,7 @@ def matrix_rate(args, device, precision):
 
 def row_arithmetic(args):
     """A step's rate of arithmetic over that of the bare network's forward and backward pass."""
-    p = shortcut.parse_args([*args.options, "--samples", "0"])
+    p = parse(args, shortcut)
     device, autocast = shortcut.set_up(p)
     net = nets.UNet(p.resolution, p.channels, p.mult, p.blocks, p.attention, 10).to(
         device, memory_format=torch.channels_last)
@@ -287,7 +293,7 @@ def row_cifar10(args):
         options = preset(script, "cifar10", *(n for n in names if n in script.PRESETS))
         if device.type == "cpu":
             options += args.options or ["--batch", str(args.wide_batch)]
-        p = script.parse_args([*args.options, *options, "--samples", "0"])
+        p = parse(args, script, *options)
         script.set_up(p)
         images = p.batch * getattr(p, "fake_updates", 1)    # of a step, as log.csv counts them
         flops = train(args, script, *options, steps=1, flops=True).flops
@@ -318,7 +324,7 @@ def row_overhead(args):
 
 
 def row_sampler(args):
-    p = shortcut.parse_args([*args.options, "--samples", "0"])
+    p = parse(args, shortcut)
     device, autocast = shortcut.set_up(p)
     s = shortcut.Shortcut(nets.UNet(p.resolution, p.channels, p.mult, p.blocks, p.attention, 10,
                                     conditions=2)).to(device, memory_format=torch.channels_last)

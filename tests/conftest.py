@@ -13,9 +13,10 @@ torch.set_num_threads(1)        # tiny networks: no slower, and much faster on a
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path_factory):
-    """No test reads or writes the user's own ~/.cache/fewstep."""
+    """No test reads or writes the user's own ~/.cache/fewstep, or what stands in runs/."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(fid, "CACHE", folder)
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
     return folder
 
 
