@@ -22,6 +22,7 @@ happens in one place and one way, `to_uint8`.
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -555,24 +556,20 @@ class Inception(nn.Module):
 
     def __init__(self, state=None):
         super().__init__()
-        self.load_state_dict(self.skeleton().state_dict() if state is None else state)
-
-    @staticmethod
-    def skeleton():
-        return torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
-                                               transform_input=False, init_weights=False)
-
-    def load_state_dict(self, state):
-        net = self.skeleton()
-        net.load_state_dict(state)
+        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                              transform_input=False, init_weights=False)
+        if state is not None:
+            net.load_state_dict(state)
         net.fc, net.dropout = nn.Identity(), nn.Identity()
         net.eval().double()                                 # so that folding loses no digit
         for unit in net.modules():
             if isinstance(unit, BasicConv2d):
                 unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
-        for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d",
-                     "Mixed_6e", "Mixed_7b", "Mixed_7c"):
-            _patch_pooling(net.get_submodule(name), largest=name == "Mixed_7c")
+        # Averages leave the padding out of the count; the last block takes the maximum.
+        average = functools.partial(F.avg_pool2d, count_include_pad=False)
+        for name in "5b 5c 5d 6b 6c 6d 6e 7b 7c".split():
+            _change_pooling(net.get_submodule(f"Mixed_{name}"),
+                            F.max_pool2d if name == "7c" else average)
         self.net = net.float().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, pixels):
@@ -580,22 +577,13 @@ class Inception(nn.Module):
         return self.net(2 * x - 1)
 
 
-def _patch_pooling(block, largest):
-    """Give an Inception block the pooling branch that the 2015 graph has and torchvision's lacks.
-
-    Averages leave the padding out of the count; the last block takes the maximum
-    (a quirk of the graph).
-    """
-    def pool(x, kernel_size, stride, padding):
-        if largest:
-            return F.max_pool2d(x, kernel_size, stride, padding)
-        return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=False)
-
-    class Functional:                   # what the block's forward sees as its module's `F`
-        avg_pool2d, max_pool2d = staticmethod(pool), staticmethod(F.max_pool2d)
-    forward = type(block)._forward
-    block._forward = type(forward)(forward.__code__, {**forward.__globals__, "F": Functional},
-                                   closure=forward.__closure__).__get__(block)
+def _change_pooling(block, pool):
+    """Give an Inception block the pooling that the graph of 2015 has and torchvision's has not: its
+    branch's convolution gets the block's input pooled in this way, not what torchvision made."""
+    seen = []
+    block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    block.branch_pool.register_forward_pre_hook(
+        lambda module, inputs: pool(seen.pop(), kernel_size=3, stride=1, padding=1))
 
 
 @first_alone()
