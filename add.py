@@ -117,7 +117,8 @@ def method_options(add):
     add("--teacher-steps", type=int, help="DDIM steps to score the teacher with; 0: do not "
         "[32 after a training, then 0]")
     add("--taus", type=numbers, default=(200, 400, 600, 1000),
-        help="the student's times, in training and sampling; the last is pure noise")
+        help="the student's times, in training and sampling; the last is pure noise. --steps are "
+        "1, 2, 4 of them unless given")
     add("--simulated", type=float, default=0.5, help="share of a batch whose x_s is no noised real "
         "image but, as in sampling, the student's own of the call before; the paper: 0")
     add("--student-init", choices=["teacher", "random"], default="teacher",
@@ -948,14 +949,17 @@ class Run:
         self.data = [len(images.labels), *images.classes]   # another data set is another run
         self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
         self.seconds = 0.0                                  # of training, until the last row
-        try:
-            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
         if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+
+    def make(self):
+        """The folder; not before there is something to keep."""
+        try:
+            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.args.out}: cannot be made ({error.strerror})") from None
 
     def on_signal(self, number, frame):
         """Training ends after its step, anything else now; a second signal ends that as well."""
@@ -1017,6 +1021,7 @@ class Run:
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut log and scores back to it."""
+        self.make()
         self.lock = contextlib.nullcontext()
         try:
             self.lock = open(self.folder / "progress" / "lock", "w")

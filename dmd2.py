@@ -150,7 +150,7 @@ def method_options(add):
     add("--teacher-steps", type=int, help="Heun steps to score the teacher with, of two calls "
         "each; 0: do not [18 after a training, then 0]")
     add("--train-steps", type=int, help="calls that the generator learns to sample in [the largest "
-        "of --steps]")
+        "of --steps, which are 1 unless given]")
     add("--backward-simulation", action=argparse.BooleanOptionalAction, default=True,
         help="train later steps on the generator's own images; if not, on noised real ones")
     add("--tell-call", action=argparse.BooleanOptionalAction, default=True,
@@ -475,6 +475,7 @@ def teacher_pairs(run, generate, num_classes, begins):
     if fid.gather(torch.tensor([int(begins or not path.exists())])).any():  # in one, so in all
         x0 = [generate(lambda: z[i:i + 256], y[i:i + 256]).cpu()
               for i in tqdm(range(0, n, 256), "pairs", disable=fid.quiet())]
+        run.make()
         run.write("pairs.npz", lambda path: np.savez(path, images=to_uint8(torch.cat(x0)).numpy()))
     x0 = torch.from_numpy(fid.read_arrays(path)["images"])
     return z, y, from_uint8(x0).to(run.device)
@@ -972,14 +973,17 @@ class Run:
         self.data = [len(images.labels), *images.classes]   # another data set is another run
         self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
         self.seconds = 0.0                                  # of training, until the last row
-        try:
-            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
         if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+
+    def make(self):
+        """The folder; not before there is something to keep."""
+        try:
+            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.args.out}: cannot be made ({error.strerror})") from None
 
     def on_signal(self, number, frame):
         """Training ends after its step, anything else now; a second signal ends that as well."""
@@ -1041,6 +1045,7 @@ class Run:
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut log and scores back to it."""
+        self.make()
         self.lock = contextlib.nullcontext()
         try:
             self.lock = open(self.folder / "progress" / "lock", "w")

@@ -551,14 +551,17 @@ class Run:
         self.data = [len(images.labels), *images.classes]   # another data set is another run
         self.sums, self.rows, self.counts = {}, [], {}      # counts: further columns of the log
         self.seconds = 0.0                                  # of training, until the last row
-        try:
-            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
         if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+
+    def make(self):
+        """The folder; not before there is something to keep."""
+        try:
+            (self.folder / "progress").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.args.out}: cannot be made ({error.strerror})") from None
 
     def on_signal(self, number, frame):
         """Training ends after its step, anything else now; a second signal ends that as well."""
@@ -620,6 +623,7 @@ class Run:
 
     def begin(self, what, end):
         """Before the first step of a process: record it, and cut log and scores back to it."""
+        self.make()
         self.lock = contextlib.nullcontext()
         try:
             self.lock = open(self.folder / "progress" / "lock", "w")

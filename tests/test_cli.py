@@ -324,6 +324,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(method, line, message, tmp_pa
     for folder in "EMPTY", "SMALL":
         (tmp_path / folder).mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "SMALL" / "1.png")
+    folders = {p for p in tmp_path.rglob("*") if p.is_dir()}
     for name in "shortcut_loss", "denoising_loss", "teacher_loss":      # nothing may train
         monkeypatch.setattr(module, name, None, raising=False)
     if "BATCHES" in line:
@@ -334,7 +335,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(method, line, message, tmp_pa
     (tmp_path / "SMALL" / "1.png").unlink()
     left = {p.relative_to(tmp_path).as_posix(): p.read_text()
             for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == files
+    assert left == files and folders == {p for p in tmp_path.rglob("*") if p.is_dir()}
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
