@@ -447,7 +447,7 @@ def load_teacher(folder, teacher_ema, run, nulls):
     try:
         stored = stored_args(pathlib.Path(folder))
         if not stored:
-            raise UserError(f"holds no run of {METHOD}.py")
+            raise UserError(f"holds no run of {METHOD}.py; give the folder of one")
         for name in ("resolution", "channels", "mult", "blocks", "attention"):
             if stored[name] != getattr(run.args, name):
                 raise UserError(f"was trained with --{name} {show(stored[name])}, not "
@@ -457,7 +457,8 @@ def load_teacher(folder, teacher_ema, run, nulls):
                             "--label-dropout")
         state = read_checkpoint(pathlib.Path(folder))[0]
         if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
-            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
+            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}; "
+                            "go on with that first")
         if state["data"] != run.data:
             raise UserError("is of other data")
         teacher_ema.load_state_dict(state["teacher_ema"])
@@ -694,7 +695,10 @@ CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def numbers(text):
-    return () if text == "none" else tuple(map(int, text.split(",")))
+    try:
+        return () if text == "none" else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, as 1,2,4") from None
 
 
 def show(value):
@@ -721,7 +725,7 @@ def parse_args(argv=None):
         if name in PRESETS:
             columns = zip(KINDS, PRESETS[name])
             help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default not in (None, False, ()):
+        elif default is not None and default is not False and default != ():
             help += f" [{show(default)}]"
         parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 

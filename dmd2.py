@@ -135,7 +135,10 @@ STEPS = ()                      # what the generator is trained for
 
 
 def shares(text):
-    return tuple(map(float, text.split(",")))
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two shares, as 0.02,0.98") from None
 
 
 def method_options(add):
@@ -443,7 +446,7 @@ def load_teacher(folder, teacher_ema, run, nulls):
     try:
         stored = stored_args(pathlib.Path(folder))
         if not stored:
-            raise UserError(f"holds no run of {METHOD}.py")
+            raise UserError(f"holds no run of {METHOD}.py; give the folder of one")
         for name in ("resolution", "channels", "mult", "blocks", "attention"):
             if stored[name] != getattr(run.args, name):
                 raise UserError(f"was trained with --{name} {show(stored[name])}, not "
@@ -453,7 +456,8 @@ def load_teacher(folder, teacher_ema, run, nulls):
                             "--label-dropout")
         state = read_checkpoint(pathlib.Path(folder))[0]
         if not stored["teacher"] and state["step"] < stored["teacher_iters"]:
-            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}")
+            raise UserError(f"its training stands at {state['step']} of {stored['teacher_iters']}; "
+                            "go on with that first")
         if state["data"] != run.data:
             raise UserError("is of other data")
         teacher_ema.load_state_dict(state["teacher_ema"])
@@ -718,7 +722,10 @@ CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def numbers(text):
-    return () if text == "none" else tuple(map(int, text.split(",")))
+    try:
+        return () if text == "none" else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, as 1,2,4") from None
 
 
 def show(value):
@@ -745,7 +752,7 @@ def parse_args(argv=None):
         if name in PRESETS:
             columns = zip(KINDS, PRESETS[name])
             help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default not in (None, False, ()):
+        elif default is not None and default is not False and default != ():
             help += f" [{show(default)}]"
         parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 

@@ -65,7 +65,7 @@ def out_of_memory(error):
 
 def refuse(message):
     """argparse's way to say what is wrong with the options would print its usage, too."""
-    raise UserError(message)
+    raise UserError(message + "; --help lists the options" * ("unrecognized" in message))
 
 
 def command(name, main, remedy):

@@ -296,7 +296,10 @@ CHECKPOINTS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def numbers(text):
-    return () if text == "none" else tuple(map(int, text.split(",")))
+    try:
+        return () if text == "none" else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, as 1,2,4") from None
 
 
 def show(value):
@@ -323,7 +326,7 @@ def parse_args(argv=None):
         if name in PRESETS:
             columns = zip(KINDS, PRESETS[name])
             help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default not in (None, False, ()):
+        elif default is not None and default is not False and default != ():
             help += f" [{show(default)}]"
         parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 

@@ -234,8 +234,8 @@ def test_the_common_blocks_are_the_same_in_all_scripts():
 # ---- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = [                                                # of any of the scripts
-    ("--steps one", "--steps: invalid numbers value: 'one'"),
-    ("--steps ,", "--steps: invalid numbers value"), ("--steps 0", "--steps 0: a "),
+    ("--steps one", "--steps: 'one': expected whole numbers, as 1,2,4"),
+    ("--steps ,", "--steps: ',': expected whole numbers"), ("--steps 0", "--steps 0: a "),
     ("--steps 256", "--steps 256: a "), ("--steps -1", "--steps -1: a "),
     ("--samples 1", "--samples 1: has no covariance"),
     ("--samples -1", "--samples -1: expected 0 or more"),
@@ -283,7 +283,7 @@ MISTAKES = [                                                # of any of the scri
     ("--out OTHER", "OTHER: holds a run of other.py"),
     ("--out HALF", "HALF/checkpoint.pt: does not load"),
     ("--out HALF --iters 7", "HALF: was trained with --iters"),
-    ("--nonsense 1", "unrecognized arguments: --nonsense 1"),
+    ("--nonsense 1", "unrecognized arguments: --nonsense 1; --help lists the options"),
     ("--step 1", "unrecognized arguments: --step 1")]
 TEACHERS = [                                                # of the scripts that have --teacher
     ("--teacher nowhere", "--teacher nowhere: holds no run of"),

@@ -490,6 +490,7 @@ def test_the_default_folder_says_how_many_calls(small):
     ("--teacher-lr 2", "--teacher-lr 2.0: expected a number between 0 and 1"),
     ("--gan-weight -1", "--gan-weight -1.0: expected at least 0"),
     ("--dm-levels 0.02", "--dm-levels 0.02: expected two shares of the table"),
+    ("--dm-levels a", "--dm-levels: 'a': expected two shares, as 0.02,0.98"),
     ("--fake-levels 0.5,0.5", "--fake-levels 0.5,0.5: expected two shares of the table, ascending"),
     ("--start-sigma 81", "--start-sigma 81.0: expected at most 80.0"),
     ("--start-sigma nan", "--start-sigma nan: expected at most 80.0"),
