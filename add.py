@@ -725,7 +725,7 @@ def parse_args(argv=None):
         if name in PRESETS:
             columns = zip(KINDS, PRESETS[name])
             help += " [" + ", ".join(f"{show(v) or 'none'} ({kind})" for kind, v in columns) + "]"
-        elif default is not None and default is not False and default != ():
+        elif default is not False and default not in (None, ()):
             help += f" [{show(default)}]"
         parser.add_argument(flag, help=help.replace("%", "%%"), **kwargs)
 
@@ -776,7 +776,7 @@ def parse_args(argv=None):
     if stored and given.get("precision") == "auto":         # what it came to is stored
         del given["precision"]
     args = {name: values[KINDS.index(preset)] for name, values in defaults.items()}
-    args |= dict(preset=preset) | {n: v for n, v in stored.items() if n not in FREE}
+    args |= dict(preset=kind) | {n: v for n, v in stored.items() if n not in FREE}
     for name, value in given.items():
         if stored and name not in FREE and args[name] != value:
             raise UserError(f"{folder}: was trained with --{name.replace('_', '-')} "

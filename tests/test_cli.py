@@ -435,6 +435,11 @@ def test_a_run_keeps_its_preset(tmp_path, monkeypatch):
     assert shortcut.parse_args(line) == again
     with pytest.raises(fid.UserError, match="was trained with --preset cifar10, not shapes"):
         shortcut.parse_args(["--out", "run", "--preset", "shapes"])
+    about = json.loads((tmp_path / "run" / "args.json").read_text())
+    del about["args"]["preset"]                             # of before there were presets to choose
+    (tmp_path / "run" / "args.json").write_text(json.dumps(about))
+    with pytest.raises(fid.UserError, match="was trained with --preset shapes, not cifar10"):
+        shortcut.parse_args(["--out", "run", "--preset", "cifar10"])
 
 
 def test_a_folder_called_shapes_is_a_folder(tmp_path, monkeypatch):
