@@ -125,10 +125,15 @@ def run_row(command, out, threads):
     return scores_of(out)
 
 
+def seeds(text):
+    return [int(seed) for seed in text.split(",")]
+
+
 def main(argv=None, small=()):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.error = lambda what: parser.exit(2, f"ablations.py: {what}\n")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES) + " [all]")
-    parser.add_argument("--seeds", default="0", help="a comma list [0]")
+    parser.add_argument("--seeds", type=seeds, default="0", help="a comma list [0]")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, which share the "
                         "cores [2]")
     parser.add_argument("--list", action="store_true", help="print the commands alone")
@@ -136,11 +141,11 @@ def main(argv=None, small=()):
     unknown = set(args.tables) - set(TABLES)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(TABLES)}")
-    tables, seeds = args.tables or [*TABLES], [int(s) for s in args.seeds.split(",")]
+    tables = args.tables or [*TABLES]
     jobs = {}                                               # by folder: a row of two tables is one
     for table in tables:
         for name, options, _ in TABLES[table][2]:
-            for seed in seeds:
+            for seed in args.seeds:
                 command, out = row_command(table, options, seed, small)
                 if args.list:
                     print(f"# {table}: {name}" + ", above" * (out in jobs))
@@ -159,13 +164,14 @@ def main(argv=None, small=()):
                    for out, command in jobs.items()}
         for table in tables:
             method, common, rows = TABLES[table]
-            print(f"\n{table}: {method}.py {common}, {'seed' if len(seeds) == 1 else 'seeds'} "
-                  f"{args.seeds}; FD-random at each number of calls", flush=True)
+            print(f"\n{table}: {method}.py {common}, seed{'s' * (len(args.seeds) > 1)} "
+                  f"{','.join(map(str, args.seeds))}; FD-random at each number of calls",
+                  flush=True)
             header = False
             for name, options, published in rows:
                 try:
                     results = [futures[row_command(table, options, seed)[1]].result()
-                               for seed in seeds]
+                               for seed in args.seeds]
                 except KeyboardInterrupt:                   # the rows under way stop by themselves
                     pool.shutdown(cancel_futures=True)
                     raise

@@ -4,9 +4,11 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import ablations
+import benchmark
 import shortcut
 
 
@@ -26,6 +28,21 @@ def test_every_row_is_a_command_that_its_script_takes(tmp_path, monkeypatch):
             values = {k: v for k, v in vars(args).items() if k != "out"} | dict(code=command[1])
             assert folders.setdefault(out, values) == values
     assert len({tuple(sorted(map(str, v.items()))) for v in folders.values()}) == len(folders)
+
+
+@pytest.mark.parametrize("script, options, expected", [
+    (ablations, "nope", "nope: expected some of dmd2-losses, "),
+    (ablations, "--seeds 0,a", "argument --seeds: invalid seeds value: '0,a'"),
+    (ablations, "add-init --jobs", "argument --jobs: expected one argument"),
+    (benchmark, "nope", "nope: expected some of shortcut, "),
+    (benchmark, "--rounds x", "argument --rounds: invalid int value: 'x'"),
+])
+def test_a_mistake_is_one_line(script, options, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(options.split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith(f"{script.__name__}.py: {expected}") and err.count("\n") == 1
 
 
 def test_the_patched_row(monkeypatch):
