@@ -29,12 +29,12 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * c_text is the class, c_img the mean of the feature network's last map of x0 (paper: a separate
     DINOv2's class token). It is left out of both sides of the hinge where s = 1000: there the
     student cannot know which x0 is meant, and the heads would punish it for that;
-  * half of a batch starts not from noised real images but from the student's own images of the
-    call before, noised, as in sampling with all --taus (DMD2's backward simulation; --simulated 0:
-    the paper's). No x0 is meant there, so c_img is left out as well. Without them each call adds
-    the detail that a real image loses in the noise to images that never had it, and contrast
-    grows: on CIFAR-10 the pixels' deviation is 0.475 after one call, 0.503 after two, 0.555 after
-    four (the images': 0.503), and four calls score worse than one;
+  * in half of a batch the later calls see not noised real images but the student's own images of
+    the call before, noised, as in sampling with all --taus (DMD2's backward simulation;
+    --simulated 0: the paper's). No x0 is meant there, so c_img is left out as well. Without them
+    each call adds the detail that a real image loses in the noise to images that never had it, and
+    contrast grows: on CIFAR-10 the pixels' deviation is 0.475 after one call, 0.503 after two,
+    0.555 after four (the images': 0.503), and four calls score worse than one;
   * the student's times are 200, 400, 600 and 1000 (--taus; the paper names the last alone, and its
     released models are called at 999, 899, 799, 699): 400, 600, 800, 1000 were worse in two calls;
   * |.|^2 is a mean over the pixels, so lambda is not comparable: at 2.5 the distillation's gradient
@@ -416,12 +416,12 @@ def simulated(student, eps, y, k, taus):
     """Backward simulation (DMD2, section 4.5): what the call at taus[k] sees when the student
     samples down all `taus` (rising): its own image of the call before, noised.
 
-    eps [len(taus), B, 3, R, R]: each call's noise. k [B] int64, on the CPU. -> x_s [B, 3, R, R].
+    eps [len(taus), B, 3, R, R]: each call's noise. k [B] int64, on the CPU: the last call is 0.
+    -> x_s [B, 3, R, R].
     """
     x = eps[-1].clone()                                     # the first call's: pure noise
     for i in range(len(taus) - 1, 0, -1):
-        rows = (k < i).nonzero()[:, 0]                      # there is another call to come
-        rows = rows.to(x.device, non_blocking=True)
+        rows = (k < i).nonzero()[:, 0].to(x.device, non_blocking=True)  # another call is to come
         if len(rows):
             then = torch.full_like(y[rows], taus[i - 1])
             x_hat = student(x[rows], torch.full_like(then, taus[i]), y[rows])
@@ -484,8 +484,7 @@ def draw(run, student, teacher, y, name):
     refined = sample(student, noise_of(range(10), run.args, run.device), y, run.args.taus[::-1])
     t = torch.full_like(y, T // 2)
     target = ddim(teacher, teacher.noised(x_hat, t, noise()), t, y, 1, run.args.cfg)
-    rows = [x_hat, refined, target]
-    save_grid(run, name, to_uint8(torch.cat(rows)).cpu())
+    save_grid(run, name, to_uint8(torch.cat([x_hat, refined, target])).cpu())
 
 
 def main(argv=None):
@@ -536,7 +535,9 @@ def main(argv=None):
     begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
     end = begin + args.iters
     trains = run.step < end                                 # if not, it is only sampled
-    teacher_steps = (32 if trains else 0) if args.teacher_steps is None else args.teacher_steps
+    teacher_steps = args.teacher_steps
+    if teacher_steps is None:                               # once, after the training
+        teacher_steps = 0 if (run.folder / "teacher-32step.png").exists() else 32
     vit = None
     if args.feature_net != "teacher" and trains:
         with fid.first_alone():
@@ -617,13 +618,14 @@ def main(argv=None):
         # there are micro-batches, of which memory holds one.
         parts, conditions = [*slices(args)], []
         iterated = [b.clone() for b in disc.buffers()]
-        for rows in parts * (args.adv_weight > 0):
+        for rows in parts if args.adv_weight else ():
             rewind(disc, iterated)
             with torch.set_grad_enabled(len(parts) == 1):
                 x_hat, leaf, fake = forward(rows)
             with autocast, torch.no_grad():
                 real = extract(x0[rows], t_F[rows], eps_real[rows])
-                c_img = real if vit else extract(x0[rows], clean[rows], 0 * x0[rows])
+                c_img = real if vit or disc.image is None else extract(
+                    x0[rows], clean[rows], 0 * x0[rows])
             conditions.append((y[rows], c_img[-1].mean((2, 3)).float(), known[rows], call[rows]))
             real = [f.float().requires_grad_() for f in real]
             with autocast:
@@ -811,7 +813,7 @@ def parse_args(argv=None):
     if not args.steps:
         raise UserError("--steps: needs a number")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "teacher_batch"):
+    for name in ("batch",) if getattr(args, "teacher", None) else ("batch", "teacher_batch"):
         if getattr(args, name, 0) % (world * args.accumulate):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
                             f"multiple of {world} processes x --accumulate {args.accumulate}")
@@ -845,8 +847,6 @@ def set_up(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
-                              if device.type == "cuda" else None)
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -955,6 +955,8 @@ class Run:
         self.seconds = 0.0                                  # of training, until the last row
         if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
+        if fid.gather(torch.tensor(self.step)).unique().numel() > 1:
+            raise UserError(f"--out {args.out}: is not one folder for all processes")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -967,7 +969,8 @@ class Run:
 
     def on_signal(self, number, frame):
         """Training ends after its step, anything else now; a second signal ends that as well."""
-        signal.signal(number, signal.SIG_DFL)
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
         self.signal = number
         if not self.training:
             kept = "; the training is kept, the same command uses it" * (self.step > 0)
@@ -991,7 +994,8 @@ class Run:
                     os.replace(path, self.folder / CHECKPOINTS[1])
                 os.replace(temporary, path)
         except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
                             "what was there is kept") from None
         fid.gather(torch.zeros(1))
@@ -1018,6 +1022,8 @@ class Run:
                 print(f"{wrong}; it is now checkpoint-broken.pt, and {path.name}, of step "
                       f"{self.step}, is used", flush=True)
         except Exception as error:                          # torch raises all sorts on a bad file
+            if fid.out_of_memory(error):
+                raise                                       # nothing is wrong with the file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
             raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
                             "give another --out, or move the checkpoints away to train anew"
@@ -1122,10 +1128,12 @@ class Run:
     def read_csv(self, name):
         path = self.folder / name
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            rows = list(csv.DictReader(text.splitlines()))
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
             if all(row["step"].isdecimal() for row in rows):
                 return rows
+        except FileNotFoundError:
+            return []
         except (OSError, ValueError, LookupError, AttributeError, csv.Error):
             pass
         raise UserError(f"{path}: cannot be read as a table of steps; move it away")
@@ -1210,7 +1218,7 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     args, begun = run.args, time.monotonic()
     if args.labels:                                         # beside the pictures of all classes
         prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
-        prefix = prefix.encode()[:150].decode(errors="ignore")
+        prefix = os.fsencode(prefix)[:150].decode(errors="ignore")
     # First the picture's 80; then those to score, with labels in the data's proportions.
     known, mixed = scorer.labels, torch.Generator().manual_seed(0)
     to_score = known[torch.arange(args.samples) * len(known) // max(1, args.samples)]

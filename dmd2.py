@@ -254,8 +254,8 @@ def draw_levels(table, part, n):
 
 
 def draw_calls(n, calls):
-    """Which of its calls the generator makes for each of n images [n] int64, on the CPU: all of
-    them equally often, in turn from a random one."""
+    """Which of its calls the generator makes for each of n images [n] int64, on the CPU: in blocks
+    of one size, to one image, the first of a random call; so each of `slices` has all calls."""
     return (torch.arange(n) * calls // n + torch.randint(calls, ())) % calls
 
 
@@ -378,7 +378,7 @@ def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
 
 
 def regression_loss(G, x_t, sigma, y, x0):
-    """DMD's (2311.18828, Eq. 3): the generator's images against the teacher's of the same noise."""
+    """Eq. 3, of DMD (2311.18828): the generator's images against the teacher's of one noise."""
     return (G(x_t, sigma, y) - x0).square().mean()
 
 
@@ -393,8 +393,7 @@ def simulated(G, noise, y, k, taus):
     """
     x = taus[0] * noise()
     for i in range(int(k.max())):
-        rows = (k > i).nonzero()[:, 0]                      # there is another call to come
-        rows = rows.to(x.device, non_blocking=True)
+        rows = (k > i).nonzero()[:, 0].to(x.device, non_blocking=True)  # another call is to come
         sigma = torch.full(rows.shape, taus[i], device=x.device)
         x[rows] = G(x[rows], sigma, y[rows]) + taus[i + 1] * noise()[rows]
     return x                                                                    # [B, 3, R, R]
@@ -547,7 +546,9 @@ def main(argv=None):
     begin = taught + args.pairs_iters
     end = begin + args.iters
     trains = run.step < end                                 # if not, it is only sampled
-    teacher_steps = (18 if trains else 0) if args.teacher_steps is None else args.teacher_steps
+    teacher_steps = args.teacher_steps
+    if teacher_steps is None:                               # once, after the training
+        teacher_steps = 0 if (run.folder / "teacher-18step.png").exists() else 18
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
         for net in (teacher.net, teacher_ema.module.net, generator.net, generator_ema.module.net,
@@ -659,7 +660,8 @@ def main(argv=None):
                     loss_dm, loss_gan = generator_losses(
                         real_score, fake_score, disc, leaf, sigma[rows], eps[rows], y_fake[rows],
                         args.dm_weight > 0, args.gan_weight > 0)
-                # Both at the image, to be weighed and watched there, then one pass through G.
+                # Both at the image, to be weighed and watched there, then one pass through G. (At
+                # first the fake score is the teacher: grad_dm is 0 and, by the cap, grad_gan.)
                 grad_dm = args.dm_weight * torch.autograd.grad(loss_dm, leaf)[0]
                 grad_gan = args.gan_weight * torch.autograd.grad(loss_gan, leaf)[0]
                 if args.gan_cap and args.dm_weight:
@@ -678,16 +680,15 @@ def main(argv=None):
                 generator_ema.update_parameters(generator)
 
             for rows, x0 in zip(slices(args), generated):
-                part = sigma_fake[:, rows].flatten(), eps_fake[:, rows].flatten(0, 1)
                 with autocast:
                     if args.gan_weight:
                         loss_fake, loss_disc = fake_score_losses(
-                            fake_score, disc, x0, real[rows], *part, y_fake[rows].repeat(2))
+                            fake_score, disc, x0, real[rows], sigma_fake[:, rows].flatten(),
+                            eps_fake[:, rows].flatten(0, 1), y_fake[rows].repeat(2))
                         run.add(loss_disc=loss_disc.detach())
                     else:
-                        n, loss_disc = len(x0), 0
-                        loss_fake = denoising_loss(fake_score, x0, *(t[:n] for t in part),
-                                                   y_fake[rows])
+                        loss_fake, loss_disc = denoising_loss(
+                            fake_score, x0, sigma_fake[0, rows], eps_fake[0, rows], y_fake[rows]), 0
                 ((loss_fake + args.disc_weight * loss_disc) / args.accumulate).backward()
                 run.add(loss_fake=loss_fake.detach())
             run.add(grad_norm_fake=update(opt_fake))
@@ -838,7 +839,7 @@ def parse_args(argv=None):
     if not args.steps:
         raise UserError("--steps: needs a number")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "teacher_batch"):
+    for name in ("batch",) if getattr(args, "teacher", None) else ("batch", "teacher_batch"):
         if getattr(args, name, 0) % (world * args.accumulate):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
                             f"multiple of {world} processes x --accumulate {args.accumulate}")
@@ -872,8 +873,6 @@ def set_up(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
-                              if device.type == "cuda" else None)
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -982,6 +981,8 @@ class Run:
         self.seconds = 0.0                                  # of training, until the last row
         if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
+        if fid.gather(torch.tensor(self.step)).unique().numel() > 1:
+            raise UserError(f"--out {args.out}: is not one folder for all processes")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -994,7 +995,8 @@ class Run:
 
     def on_signal(self, number, frame):
         """Training ends after its step, anything else now; a second signal ends that as well."""
-        signal.signal(number, signal.SIG_DFL)
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
         self.signal = number
         if not self.training:
             kept = "; the training is kept, the same command uses it" * (self.step > 0)
@@ -1018,7 +1020,8 @@ class Run:
                     os.replace(path, self.folder / CHECKPOINTS[1])
                 os.replace(temporary, path)
         except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
                             "what was there is kept") from None
         fid.gather(torch.zeros(1))
@@ -1045,6 +1048,8 @@ class Run:
                 print(f"{wrong}; it is now checkpoint-broken.pt, and {path.name}, of step "
                       f"{self.step}, is used", flush=True)
         except Exception as error:                          # torch raises all sorts on a bad file
+            if fid.out_of_memory(error):
+                raise                                       # nothing is wrong with the file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
             raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
                             "give another --out, or move the checkpoints away to train anew"
@@ -1149,10 +1154,12 @@ class Run:
     def read_csv(self, name):
         path = self.folder / name
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            rows = list(csv.DictReader(text.splitlines()))
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
             if all(row["step"].isdecimal() for row in rows):
                 return rows
+        except FileNotFoundError:
+            return []
         except (OSError, ValueError, LookupError, AttributeError, csv.Error):
             pass
         raise UserError(f"{path}: cannot be read as a table of steps; move it away")
@@ -1237,7 +1244,7 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     args, begun = run.args, time.monotonic()
     if args.labels:                                         # beside the pictures of all classes
         prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
-        prefix = prefix.encode()[:150].decode(errors="ignore")
+        prefix = os.fsencode(prefix)[:150].decode(errors="ignore")
     # First the picture's 80; then those to score, with labels in the data's proportions.
     known, mixed = scorer.labels, torch.Generator().manual_seed(0)
     to_score = known[torch.arange(args.samples) * len(known) // max(1, args.samples)]

@@ -74,6 +74,8 @@ def command(name, main, remedy):
 
     name: of the script. remedy: what to give where memory is out.
     """
+    for stream in sys.stdout, sys.stderr:                   # a file's name may be no Unicode
+        stream.reconfigure(errors="replace")
     try:
         main()
         if processes()[1] > 1:
@@ -113,9 +115,11 @@ def pick_device(name):
     auto = "mps" if torch.backends.mps.is_available() else auto
     try:
         device = torch.device(auto if name == "auto" else name)
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:        # torchrun: one for each
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:                              # backends raise all sorts
         raise UserError(f"--device {name}: not available here "
                         f"({str(error).splitlines()[0]})") from None
 
@@ -253,7 +257,7 @@ def shapes(n=20_000, resolution=32, seed=0):
 
     Size, place and tilt (8 degrees at most) vary; the class is the shape. Two seconds
     for 20,000 images. Returns pixels [n, 3, R, R] uint8 and labels [n] int64, the same
-    for a seed on every machine.
+    for a seed on every machine, but for a rounding here and there.
     """
     rng = torch.Generator().manual_seed(seed)
     palette = lambda text: torch.tensor([list(bytes.fromhex(c)) for c in text.split()]).float()
@@ -296,18 +300,18 @@ def _read_image(path, resolution):
     Lanczos-downsampled; of the size it has where the resolution is None."""
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
+                raise ValueError("floating-point or 32-bit pixels, of unknown range")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16") or image.mode == "I":          # 16-bit grey
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("floating-point pixels, of unknown range")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
     except Exception as error:                                          # decoders raise all sorts
         why = ("not an image" if isinstance(error, UnidentifiedImageError)
-               else " ".join(str(error).split()))
+               else " ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"{path}: cannot be read ({why}); mend or remove it") from None
     if resolution is None:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -334,14 +338,14 @@ def read_folder(folder, resolution):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
     hidden = lambda p: any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)
     endings = {e for e, f in Image.registered_extensions().items() if f in FORMATS}
-    files, seen = [], set()
+    files = []
     for top, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        if os.path.realpath(top) in seen:                               # links in a circle
+        top = pathlib.Path(top)
+        above = top.parents[:len(top.relative_to(folder).parts)]
+        if os.path.realpath(top) in map(os.path.realpath, above):       # links in a circle
             folders.clear()
             continue
-        seen.add(os.path.realpath(top))
-        files += [pathlib.Path(top, name) for name in names
-                  if pathlib.Path(name).suffix.lower() in endings]
+        files += [top / name for name in names if pathlib.Path(name).suffix.lower() in endings]
     files = sorted(p for p in files if not hidden(p))
     if not files:
         raise UserError(f"{folder}: no images in it; expected image files "
@@ -366,7 +370,8 @@ def read_folder(folder, resolution):
             raise UserError(f"{path}: is {size(x)}, {files[0].name} {size(pixels[0])}; "
                             "expected images of one size")
     pixels = torch.stack(pixels)
-    return pixels, torch.tensor([classes.index(t) if classes else 0 for t in tops]), classes
+    number = {name: i for i, name in enumerate(classes)}
+    return pixels, torch.tensor([number.get(t, 0) for t in tops]), classes
 
 
 def read_batches(files, resolution):
@@ -407,7 +412,8 @@ def map_batches(files, resolution):
     folder, place = CACHE / "batches", digest(os.path.realpath(files[0]))
     path = folder / f"{place}-{digest([state, resolution])}.npy"
     about = path.with_suffix(".npz")                        # written first, so always there too
-    with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # not there, or damaged
+    # Not there, or damaged; EOFError: empty.
+    with contextlib.suppress(OSError, ValueError, LookupError, UserError, EOFError):
         pixels, found = np.load(path, mmap_mode="c"), read_arrays(about)
         if pixels.shape == (len(found["labels"]), 3, resolution, resolution):
             return torch.from_numpy(pixels), torch.from_numpy(found["labels"]), str(found["key"])
@@ -453,14 +459,13 @@ def kind_of(data):
     shapes, cifar10, folder or imagenet64."""
     if data in ("shapes", "cifar10"):
         return data
-    path = pathlib.Path(data)
-    if path.is_file():
+    if os.path.isfile(data):                                # pathlib's raises where it may not look
         raise UserError(f"--data {data}: is a file; expected a folder of images "
                         "(unpack an archive first)")
-    if not path.is_dir():
+    if not os.path.isdir(data):
         raise UserError(f"--data {data}: no such data set or folder; expected shapes, cifar10, "
                         "a folder of images, or a folder with train_data_batch_*.npz")
-    return "imagenet64" if any(path.glob("train_data_batch_*.npz")) else "folder"
+    return "imagenet64" if any(pathlib.Path(data).glob("train_data_batch_*.npz")) else "folder"
 
 
 def load_images(data, resolution, split="train", cache="data"):
@@ -769,11 +774,12 @@ def load_statistics(path):
     arrays = read_arrays(path)
     real = lambda name, default: np.asarray(arrays.get(name, default))
     mu, sigma, n = real("mu", 0.0), real("sigma", 0.0), real("n", 0)
-    kept, size = real("kept", np.empty((0, *mu.shape), np.float32)), real("size", np.empty(0))
+    kept, size = real("kept", np.empty((0, *mu.shape), np.float32)), real("size", np.empty(0, int))
     if (mu.ndim != 1 or len(mu) < 2 or sigma.shape != 2 * mu.shape or kept.shape[1:] != mu.shape
             or any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in (mu, sigma, kept))
             or not np.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0
-            or n.shape or n.dtype.kind not in "iu" or n < 0 or size.shape not in ((0,), (2,))):
+            or n.shape or n.dtype.kind not in "iu" or n < 0 or size.shape not in ((0,), (2,))
+            or size.dtype.kind not in "iu"):
         raise UserError(f"{path}: holds no statistics; expected a finite mean mu [D] and "
                         "covariance sigma [D, D]")
     network = str(arrays["network"]) if "network" in arrays else None
@@ -855,7 +861,8 @@ def precision_recall(f, g, k=3):
         rows = lambda a: (torch.cdist(part, y) for part in a.split(1000))   # [1000, len(y)] each
         radius = torch.cat([d.kthvalue(k + 1, dim=1).values for d in rows(y)])      # 1st: itself
         return float(torch.cat([(d <= radius).any(1) for d in rows(x)]).double().mean())
-    f, g = f.double(), g.double()
+    centre = g.double().mean(0)                             # cdist rounds by the vectors' lengths
+    f, g = f - centre, g - centre
     return covered(f, g), covered(g, f)
 
 
@@ -871,7 +878,7 @@ def protocol(label, value, features, n, m, data, nfe, who, speed):
 
 def read_samples(path):
     """A file or a folder of samples -> uint8 [N, 3, H, W], or `Statistics` if it holds such."""
-    if pathlib.Path(path).is_dir():
+    if os.path.isdir(path):
         return read_folder(path, None)[0]
     arrays = read_arrays(path)
     if {"mu", "sigma"} <= set(arrays):

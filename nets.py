@@ -169,8 +169,7 @@ class UNet(nn.Module):
         h = h + self.label_map_out(label)
         h = self.through(self.middle, h, emb)
         for i in reversed(range(len(skips))):
-            h = self.merge[i](h)
-            h = skips[i] + (h if i == len(skips) - 1 else F.interpolate(h, scale_factor=2))
+            h = skips[i] + F.interpolate(self.merge[i](h), skips[i].shape[2:])
             h = self.through(self.decoder[i], h, emb)
         return self.conv_out(F.silu(self.norm_out(h))).float()
 

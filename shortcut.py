@@ -152,7 +152,8 @@ class Shortcut(nn.Module):
 # ---- losses --------------------------------------------------------------------------------------
 
 def guided(s, x, t, d, y, cfg_scale=1.0):
-    """Classifier-free guidance, at the finest length; longer jumps learn it from there. 1: off."""
+    """Classifier-free guidance, at the finest length; longer jumps learn it from there, and the
+    null pass of their rows is not used. A scale of 1: off."""
     v = s(x, t, d, y)
     if cfg_scale == 1:
         return v
@@ -195,8 +196,9 @@ def sample(s, x_0, y, steps, d=None, cfg_scale=1.0):
 
     d: the length that the network is told, 1/steps unless given: flow matching knows 1/M alone.
     """
-    x, told = x_0, torch.full((len(x_0),), d or 1 / steps, device=x_0.device)
-    if (d or 1 / steps) > 1 / M:
+    d = d or 1 / steps
+    x, told = x_0, torch.full((len(x_0),), d, device=x_0.device)
+    if d > 1 / M:
         cfg_scale = 1.0                                     # what a longer jump has learned already
     for i in range(steps):
         t = torch.full_like(told, i / steps)
@@ -412,7 +414,7 @@ def parse_args(argv=None):
     if not args.steps:
         raise UserError("--steps: needs a number")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "teacher_batch"):
+    for name in ("batch",) if getattr(args, "teacher", None) else ("batch", "teacher_batch"):
         if getattr(args, name, 0) % (world * args.accumulate):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a "
                             f"multiple of {world} processes x --accumulate {args.accumulate}")
@@ -446,8 +448,6 @@ def set_up(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"torchrun: its processes cannot share {device}; give --device cpu")
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))
-                              if device.type == "cuda" else None)
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -556,6 +556,8 @@ class Run:
         self.seconds = 0.0                                  # of training, until the last row
         if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
+        if fid.gather(torch.tensor(self.step)).unique().numel() > 1:
+            raise UserError(f"--out {args.out}: is not one folder for all processes")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -568,7 +570,8 @@ class Run:
 
     def on_signal(self, number, frame):
         """Training ends after its step, anything else now; a second signal ends that as well."""
-        signal.signal(number, signal.SIG_DFL)
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
         self.signal = number
         if not self.training:
             kept = "; the training is kept, the same command uses it" * (self.step > 0)
@@ -592,7 +595,8 @@ class Run:
                     os.replace(path, self.folder / CHECKPOINTS[1])
                 os.replace(temporary, path)
         except (OSError, RuntimeError) as error:        # torch.save: RuntimeError on a full disk
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())}); "
                             "what was there is kept") from None
         fid.gather(torch.zeros(1))
@@ -619,6 +623,8 @@ class Run:
                 print(f"{wrong}; it is now checkpoint-broken.pt, and {path.name}, of step "
                       f"{self.step}, is used", flush=True)
         except Exception as error:                          # torch raises all sorts on a bad file
+            if fid.out_of_memory(error):
+                raise                                       # nothing is wrong with the file
             why = error if isinstance(error, UserError) else f"does not load: {error!r}"
             raise UserError(f"{path}: {' '.join(str(why).split())[:200]}; "
                             "give another --out, or move the checkpoints away to train anew"
@@ -723,10 +729,12 @@ class Run:
     def read_csv(self, name):
         path = self.folder / name
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            rows = list(csv.DictReader(text.splitlines()))
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
             if all(row["step"].isdecimal() for row in rows):
                 return rows
+        except FileNotFoundError:
+            return []
         except (OSError, ValueError, LookupError, AttributeError, csv.Error):
             pass
         raise UserError(f"{path}: cannot be read as a table of steps; move it away")
@@ -811,7 +819,7 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     args, begun = run.args, time.monotonic()
     if args.labels:                                         # beside the pictures of all classes
         prefix += "-" + "-".join(map(str.strip, args.labels.split(",")))
-        prefix = prefix.encode()[:150].decode(errors="ignore")
+        prefix = os.fsencode(prefix)[:150].decode(errors="ignore")
     # First the picture's 80; then those to score, with labels in the data's proportions.
     known, mixed = scorer.labels, torch.Generator().manual_seed(0)
     to_score = known[torch.arange(args.samples) * len(known) // max(1, args.samples)]

@@ -272,6 +272,8 @@ MISTAKES = [                                                # of any of the scri
     ("--resolution 4", "--resolution 4: expected 8 or more"),
     ("--device tpu", "--device tpu: not available here"),
     ("--device cuda:99", "--device cuda:99: not available here"),
+    ("--device hpu", "--device hpu: not available here"),
+    (f"--data {300 * 'x'}", f"--data {300 * 'x'}: no such data set or folder"),
     ("--precision fp8", "--precision: invalid choice"),
     ("--features vgg", "--features: invalid choice"),
     ("--inception nowhere.pth --features inception", "--inception nowhere.pth: cannot be read"),
@@ -295,6 +297,7 @@ TEACHERS = [                                                # of the scripts tha
     ("--teacher HALF --channels 16", "--teacher HALF: was trained with --channels 32, not 16"),
     ("--teacher-batch 0", "--teacher-batch 0: expected 1"),
     ("--teacher-batch 9 --accumulate 2", "--teacher-batch 9: expected a multiple of 1 processes"),
+    ("--teacher HALF --batch 32 --accumulate 32", "--teacher HALF: HALF/checkpoint.pt: does not"),
     ("--teacher-iters -1", "--teacher-iters -1: expected 1"),
     ("--teacher-lr inf", "--teacher-lr inf: expected a number between 0 and 1"),
     ("--teacher-ema 1", "--teacher-ema 1.0: expected a number from 0 to below 1"),
@@ -520,6 +523,47 @@ def test_a_damaged_table_is_one_line(text, tmp_path):
     (tmp_path / "run" / "scores.csv").write_text(text + "\n1,2")
     with pytest.raises(fid.UserError, match="scores.csv: cannot be read as a table of steps"):
         shortcut.main([*line, "--samples", "8"])
+
+
+def test_a_checkpoint_for_which_memory_is_out_is_not_a_bad_one(tmp_path, monkeypatch):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1", "--samples", "0"]
+    shortcut.main(line)
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):             # which `fid.command` says in a line
+        shortcut.main(line)
+
+
+def test_a_file_system_that_has_become_read_only_is_one_line(tmp_path, monkeypatch):
+    line = [*TINY, "--out", str(tmp_path / "run"), "--iters", "1", "--samples", "0"]
+    shortcut.main(line)
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(os, "replace", read_only)
+    monkeypatch.setattr(pathlib.Path, "unlink", read_only)
+    with pytest.raises(fid.UserError, match="samples-1step.png: cannot be written .*Read-only"):
+        shortcut.main(line)
+
+
+@pytest.mark.parametrize("module, steps", [(dmd2, 18), (add, 32)])
+def test_the_teachers_picture_is_made_once_whatever_comes_between(module, steps, tmp_path,
+                                                                 monkeypatch):
+    out = tmp_path / "run"
+    line = [*TINY[:-4], "--samples", "0", "--steps", "1", "--out", str(out), "--iters", "1",
+            "--teacher-iters", "1", "--teacher-batch", "8"]
+    line += ["--pairs-iters", "0"] * (module is dmd2)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        module.main(line)
+    picture = out / f"teacher-{steps}step.png"
+    assert not picture.exists()
+    module.main(line)
+    then = picture.stat().st_mtime_ns
+    module.main(line)
+    assert picture.stat().st_mtime_ns == then
+    module.main([*line, "--teacher-steps", "2"])
+    assert (out / "teacher-2step.png").exists() and picture.stat().st_mtime_ns == then
 
 
 def test_ctrl_c_while_sampling_keeps_the_training(tmp_path, monkeypatch, capsys):

@@ -176,6 +176,8 @@ def test_precision_and_recall_by_loops():
     # On a line: balls of radius 3 about -9 .. 0, so all samples are real, and cover half.
     line, half = torch.arange(-9, 1.)[:, None], torch.arange(-4, 1.)[:, None]
     assert fid.precision_recall(half, line) == approx((1, .8))      # -9 and -8 are not reached
+    far = fid.precision_recall(torch.from_numpy(f + 1e8), torch.from_numpy(g + 1e8))
+    assert far == ours                                              # where squares have no digits
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -340,6 +342,7 @@ def test_files_of_statistics_are_those_of_pytorch_fid(tmp_path):
     dict(mu=np.zeros(3), sigma=np.eye(3), n="many"), dict(mu=np.zeros(3), sigma=np.eye(3), n=2.5),
     dict(mu=np.zeros(3), sigma=-np.eye(3)), dict(mu=np.zeros(3), sigma=np.tri(3)),
     dict(mu=np.zeros(3), sigma=np.eye(3), size=[1, 2, 3]),
+    dict(mu=np.zeros(3), sigma=np.eye(3), size=["a", "b"]),
     dict(mu=np.zeros(3), sigma=np.eye(3), kept=np.zeros((2, 4)))])
 def test_files_that_are_no_statistics(tmp_path, arrays):
     np.savez(tmp_path / "s.npz", **arrays)
@@ -764,6 +767,11 @@ def test_class_folders(tmp_path):
     assert images.classes == ["ant", "bee", "cat"] and images.name == str(top)
     near(images.labels, torch.tensor([0, 0, 1, 2]))
     near(images.pixels, nchw([dots(8, 8, 3, seed=i) for i in range(4)]))
+    (top / "dog").symlink_to(far)                           # once more, and then a circle
+    (top / "bee" / "all").symlink_to(top)
+    images = load_images(str(top), 8)
+    assert images.classes == ["ant", "bee", "cat", "dog"]
+    near(images.labels, torch.tensor([0, 0, 1, 2, 3]))
 
 
 def test_a_flat_folder_of_every_kind_of_file(tmp_path):
@@ -819,6 +827,13 @@ def test_broken_images_are_named(tmp_path, monkeypatch):
     refuses(lambda: read_folder(tmp_path / "link", 8), "gone.png", "No such file")
     save(tmp_path / "float" / "f.tiff", np.zeros((8, 8), np.float32))
     refuses(lambda: read_folder(tmp_path / "float", 8), "f.tiff", "floating-point")
+    save(tmp_path / "wide" / "i.tiff", np.full((8, 8), 2 ** 20, np.int32))
+    refuses(lambda: read_folder(tmp_path / "wide", 8), "i.tiff", "32-bit")
+    with monkeypatch.context() as patch:
+        def no_memory(*args, **kwargs):
+            raise MemoryError
+        patch.setattr(Image, "open", no_memory)
+        refuses(lambda: read_folder(tmp_path / "wide", 8), "i.tiff", "MemoryError")
     save(tmp_path / "small" / "s.png", dots(9, 7, 3))
     refuses(lambda: read_folder(tmp_path / "small", 8), "s.png", "7x9", "8x8", "--resolution")
 
@@ -830,6 +845,7 @@ def test_paths_that_are_no_data(tmp_path):
     save(tmp_path / "mixed" / "stray.png", dots(8, 8, 3))
     refuses(lambda: load_images(tmp_path / "mixed", 8), "mixed", "stray.png")
     refuses(lambda: load_images("no/such/folder", 8), "no/such/folder", "shapes, cifar10")
+    refuses(lambda: load_images(300 * "x", 8), 300 * "x", "no such data set or folder")
     (tmp_path / "images.tar.gz").write_bytes(b"")
     refuses(lambda: load_images(tmp_path / "images.tar.gz", 8), "images.tar.gz", "is a file")
 
@@ -899,8 +915,8 @@ def test_batches_become_one_array_once(tmp_path, cache, monkeypatch):
     assert len(np.load(array)) == 6                         # as any other .npy
 
     about, damages = array.with_suffix(".npz"), 0
-    for path, content in [(array, array.read_bytes()[:-1]), (array, b"garbage"), (array, None),
-                          (about, b""), (about, None)]:
+    for path, content in [(array, array.read_bytes()[:-1]), (array, b"garbage"), (array, b""),
+                          (array, None), (about, b""), (about, None)]:
         path.unlink() if content is None else path.write_bytes(content)
         damages += 1
         near(load_images(data, 8).pixels, rows.reshape(6, 3, 8, 8))

@@ -3,6 +3,7 @@ micro-batches; real processes, at tiny sizes."""
 import argparse
 import csv
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fid
 import shortcut
@@ -496,16 +498,41 @@ def test_a_training_begun_anew_leaves_no_old_scores(tmp_path):
             path.unlink()
 
 
-@pytest.mark.parametrize("name", ["b\u00fccher", "undecodable \udcff"])
+@pytest.mark.parametrize("name", ["b\u00fccher", "undecodable \udcff", "lines \u2028 and \x85"])
 def test_scores_of_data_of_any_name(name, tmp_path):
     """Whatever the machine's encoding is, and without a traceback after the training."""
     run("shortcut", tmp_path / "run", "--iters", 1)
     holder = argparse.Namespace(folder=tmp_path / "run")
     holder.write = lambda *args: shortcut.Run.write(holder, *args)
     shortcut.Run.write_csv(holder, "scores.csv", [dict(step="1", data=name)])
-    assert b"\xc3\xbc" in (tmp_path / "run" / "scores.csv").read_bytes() or "\udcff" in name
+    assert b"\xc3\xbc" in (tmp_path / "run" / "scores.csv").read_bytes() or "\u00fc" not in name
     rows = shortcut.Run.read_csv(holder, "scores.csv")
     assert rows == [dict(step="1", data=name.replace("\udcff", "?"))]
+
+
+def test_names_that_are_no_unicode_to_their_end(tmp_path, monkeypatch):
+    """Where standard output takes no such name."""
+    data = tmp_path / "d\udce9"
+    for name in "c\udce9", "other":
+        (data / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (0, 60 * i, 200)).save(data / name / f"{i}.png")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict"))
+    line = "--preset", "shapes", "--data", data, "--iters", 1, "--samples", 4
+    fid.command("shortcut.py", lambda: run("shortcut", tmp_path / "run", *line), "")
+    fid.command("shortcut.py", lambda: run("shortcut", tmp_path / "run", "--labels", "c\udce9",
+                                           "--samples", 4), "")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().count(b"d? (c?) | NFE") == 2    # of one and of two steps
+    assert (tmp_path / "run" / "samples-c-1step.png").exists()
+
+
+def test_processes_that_do_not_share_a_folder(tmp_path, monkeypatch):
+    """As on two machines, of which one has the checkpoint."""
+    run("shortcut", tmp_path / "run", "--iters", 1)
+    monkeypatch.setattr(fid, "gather", lambda t: torch.stack([t, torch.zeros_like(t)]))
+    with pytest.raises(fid.UserError, match="run: is not one folder for all processes"):
+        run("shortcut", tmp_path / "run", "--iters", 1)
 
 
 @pytest.mark.parametrize("script", ["shortcut", "fid"])     # the others have shortcut.py's text
