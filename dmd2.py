@@ -40,7 +40,8 @@ Departs from the paper in:
     one-step SDXL has such a warm-up, F.4), which gives it all colours in their shares (later
     calls learn to denoise these images), and the GAN has a head on every map of the encoder and a
     weight that counts: matching alone draws some colours ever more often (red and yellow: from an
-    eighth to a fifth in 300 updates);
+    eighth to a fifth in 300 updates). In the fake score its weight is 1, which in trainings of
+    more than 2000 updates gives the encoder to the discriminator: --disc-weight 0.01 there;
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the
