@@ -569,9 +569,9 @@ class Run:
             raise UserError(f"--out {self.args.out}: cannot be made ({error.strerror})") from None
 
     def on_signal(self, number, frame):
-        """Training ends after its step, anything else now; a second signal ends that as well."""
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
+        """Training ends after its step, anything else now; the same signal again ends that as well.
+        (torchrun answers Ctrl-C with a SIGTERM, which must not.)"""
+        signal.signal(number, signal.SIG_DFL)
         self.signal = number
         if not self.training:
             kept = "; the training is kept, the same command uses it" * (self.step > 0)
