@@ -115,7 +115,7 @@ def method_options(add):
     add("--teacher-lr", type=float, help="its peak learning rate")
     add("--teacher-ema", type=float, help="its decay of the running mean")
     add("--teacher-steps", type=int, help="DDIM steps to score the teacher with; 0: do not "
-        "[32 after a training, then 0]")
+        "[32, until its picture is there]")
     add("--taus", type=numbers, default=(200, 400, 600, 1000),
         help="the student's times, in training and sampling; the last is pure noise. --steps are "
         "1, 2, 4 of them unless given")

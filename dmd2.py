@@ -152,7 +152,7 @@ def method_options(add):
     add("--p-mean", type=float, help="mean of ln sigma in its training (EDM Table 1)")
     add("--p-std", type=float, help="deviation of ln sigma in its training")
     add("--teacher-steps", type=int, help="Heun steps to score the teacher with, of two calls "
-        "each; 0: do not [18 after a training, then 0]")
+        "each; 0: do not [18, until its picture is there]")
     add("--train-steps", type=int, help="calls that the generator learns to sample in [the largest "
         "of --steps, which are 1 unless given]")
     add("--backward-simulation", action=argparse.BooleanOptionalAction, default=True,
