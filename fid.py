@@ -116,7 +116,11 @@ def pick_device(name):
     try:
         device = torch.device(auto if name == "auto" else name)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:        # torchrun: one for each
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            rank, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if rank >= there:
+                raise ValueError(f"torchrun's process {rank + 1} has no GPU of its own; start "
+                                 f"{there}, or give --device cpu")
+            device = torch.device("cuda", rank)
         torch.zeros(1, device=device).item()
         return device
     except Exception as error:                              # backends raise all sorts

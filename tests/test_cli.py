@@ -341,6 +341,14 @@ def test_a_mistake_is_one_line_and_touches_nothing(method, line, message, tmp_pa
     assert left == files and folders == {p for p in tmp_path.rglob("*") if p.is_dir()}
 
 
+def test_torchruns_processes_need_a_gpu_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(fid.UserError, match="process 2 has no GPU of its own; start 1, or give"):
+        fid.pick_device("auto")
+
+
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "shortcut.py", "--steps", "3"], cwd=tmp_path,
                           text=True, capture_output=True)
