@@ -549,6 +549,7 @@ def main(argv=None):
 
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        torch._dynamo.config.recompile_limit = 64           # all networks are of one code
         for net in (teacher.net, psi.net, student.net, student_ema.module.net):
             net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
 
@@ -1225,21 +1226,22 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     to_score = to_score[torch.randperm(args.samples, generator=mixed)]
     labels = torch.cat([scorer.columns.repeat(8), to_score])
     count, kept = len(labels), slice(80 if args.samples else 0, None)
+    most = max(1, min(256, 2 ** 20 // args.resolution ** 2))            # at once, to save memory
     for n in steps:
         # In turn a batch for each process: samples are those of one process, bit for bit.
         (rank, world), pixels, spent = fid.processes(), [], 0.0
         with tqdm(total=count, desc=f"{n} steps", unit="img", leave=False,
                   disable=fid.quiet()) as bar:
-            for first in range(0, count, 256 * world):
-                i, start = first + 256 * rank, time.perf_counter()
-                y = labels[i:i + 256].to(run.device)
-                own = torch.zeros(256, 3, args.resolution, args.resolution, dtype=torch.uint8)
+            for first in range(0, count, most * world):
+                i, start = first + most * rank, time.perf_counter()
+                y = labels[i:i + most].to(run.device)
+                own = torch.zeros(most, 3, args.resolution, args.resolution, dtype=torch.uint8)
                 if len(y):
                     noise = noise_of(range(i, i + len(y)), args, run.device)
                     own[:len(y)] = to_uint8(generate(noise, y, n)).cpu()    # .cpu() waits
                 pixels.append(fid.gather(own).flatten(0, 1))
                 spent += time.perf_counter() - start
-                bar.update(min(256 * world, count - first))
+                bar.update(min(most * world, count - first))
                 if run.signal:                              # in training: it ends after its step
                     bar.set_postfix_str("then stopping")
         pixels = torch.cat(pixels)[:count]

@@ -155,6 +155,8 @@ def _together(collective, *tensors):
     try:
         collective(*tensors)
     except RuntimeError as error:                           # of a closed connection, or too long
+        if out_of_memory(error):
+            raise
         why = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
         raise LostProcess(f"another process has ended or hangs ({why[:80]}); the last checkpoint "
                           "is kept, the same command goes on from it") from None

@@ -117,7 +117,7 @@ def few_calls():
         *(("backward\nsimulation, 1" if n == 1 else f"{n}", RUNS / f"four/samples-{n}step.png", 0)
           for n in (1, 2, 4)),
         ("noised real\nimages, 4", RUNS / "four-real/samples-4step.png", 0)])
-    cifar = RUNS / "dmd2-cifar10"
+    cifar = RUNS / "dmd2-cifar10-small"
     strip("dmd2-cifar10", [(f"{who}, {calls}", cifar / grid, row) for row in (0, 1)
                            for who, calls, grid in (("teacher", 35, "teacher-18step.png"),
                                                     ("DMD2", 1, "samples-1step.png"))])

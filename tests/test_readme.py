@@ -68,7 +68,7 @@ def test_a_cifar10_line_is_the_run_of_the_folder_that_was_measured(command, tmp_
     printed = script.parse_args(argv)
     measured = script.parse_args([str(tmp_path) if v == "cifar10" else v for v in argv])
     differ = {key for key, value in vars(printed).items() if vars(measured)[key] != value}
-    assert differ == {"data", "out"}
+    assert differ == {"data"}
 
 
 def test_the_commands_of_fid_run(tmp_path, monkeypatch, capsys):

@@ -547,3 +547,25 @@ def test_too_little_memory_on_a_cpu_is_one_line(script, tmp_path):
                           cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"{script}.py: out of memory; give --" in done.stderr
+
+
+@pytest.mark.parametrize("side, most", [(32, 80), (64, 80), (128, 64), (512, 4)])
+def test_large_images_are_sampled_fewer_at_once(side, most, tmp_path):
+    args = argparse.Namespace(labels=None, samples=0, resolution=side, seed=0, npz=False)
+    run = argparse.Namespace(args=args, device=torch.device("cpu"), folder=tmp_path, step=1,
+                             training=False, signal=None, write=lambda name, write: None)
+    scorer = argparse.Namespace(labels=torch.zeros(4).long(), columns=torch.zeros(10).long())
+    asked = []
+
+    def generate(noise, y, steps):
+        asked.append(len(y))
+        return torch.zeros(len(y), 3, side, side)
+    shortcut.evaluate(run, scorer, generate, [1], "s")
+    assert max(asked) == most and sum(asked) == 80
+
+
+def test_a_collective_that_is_out_of_memory_says_so():
+    def collective():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fid._together(collective)

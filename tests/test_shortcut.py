@@ -121,6 +121,10 @@ def test_guidance_is_at_the_finest_length_only():
     v = guided(s, x, torch.zeros_like(d), d, y, cfg_scale=2.5)[:, 0, 0, 0]
     assert v.tolist() == [3.0] * LEVELS + [1 + 2.5 * (3 - 1)]
     assert_close(guided(s, x, d, d, y, cfg_scale=1.0), 3 * x)               # 1 = off
+    # A power of 1/2 may be off by a bit, on a GPU.
+    next_to = torch.nextafter(torch.full_like(d, 1 / M), torch.ones(()))
+    v = guided(s, x, next_to, next_to, y, cfg_scale=2.5)
+    assert_close(v, guided(s, x, next_to, torch.full_like(d, 1 / M), y, cfg_scale=2.5))
 
 
 # ---- times and lengths ---------------------------------------------------------------------------
