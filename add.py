@@ -549,7 +549,7 @@ def main(argv=None):
 
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
-        torch._dynamo.config.recompile_limit = 64           # all networks are of one code
+        torch._dynamo.config.recompile_limit = 64           # not 8: all nets are of one code
         for net in (teacher.net, psi.net, student.net, student_ema.module.net):
             net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
 
@@ -1160,6 +1160,11 @@ def noise_of(samples, args, device="cpu"):
     return lambda: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
 
 
+def at_once(args):
+    """How many images to sample together: fewer where they are large, to save memory."""
+    return max(1, min(256, 2 ** 20 // args.resolution ** 2))
+
+
 def classes_to_draw(args, images):
     """The classes that samples run through in turn [C] int64;
     the null class where there are none."""
@@ -1226,7 +1231,7 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     to_score = to_score[torch.randperm(args.samples, generator=mixed)]
     labels = torch.cat([scorer.columns.repeat(8), to_score])
     count, kept = len(labels), slice(80 if args.samples else 0, None)
-    most = max(1, min(256, 2 ** 20 // args.resolution ** 2))            # at once, to save memory
+    most = at_once(args)
     for n in steps:
         # In turn a batch for each process: samples are those of one process, bit for bit.
         (rank, world), pixels, spent = fid.processes(), [], 0.0

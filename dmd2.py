@@ -477,7 +477,7 @@ def teacher_pairs(run, generate, num_classes, begins):
     y = (torch.arange(n) % max(1, num_classes)).to(run.device)
     z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
     if fid.gather(torch.tensor([int(begins or not path.exists())])).any():  # in one, so in all
-        most = max(1, min(256, 2 ** 20 // run.args.resolution ** 2))    # at once, to save memory
+        most = at_once(run.args)
         x0 = [generate(lambda: z[i:i + most], y[i:i + most]).cpu()
               for i in tqdm(range(0, n, most), "pairs", disable=fid.quiet())]
         run.make()
@@ -553,7 +553,7 @@ def main(argv=None):
         teacher_steps = 0 if (run.folder / "teacher-18step.png").exists() else 18
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
-        torch._dynamo.config.recompile_limit = 64           # all networks are of one code
+        torch._dynamo.config.recompile_limit = 64           # not 8: all nets are of one code
         for net in (teacher.net, teacher_ema.module.net, generator.net, generator_ema.module.net,
                     fake_score.net):
             net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
@@ -1188,6 +1188,11 @@ def noise_of(samples, args, device="cpu"):
     return lambda: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
 
 
+def at_once(args):
+    """How many images to sample together: fewer where they are large, to save memory."""
+    return max(1, min(256, 2 ** 20 // args.resolution ** 2))
+
+
 def classes_to_draw(args, images):
     """The classes that samples run through in turn [C] int64;
     the null class where there are none."""
@@ -1254,7 +1259,7 @@ def evaluate(run, scorer, generate, steps, who, prefix="samples", nfe=lambda ste
     to_score = to_score[torch.randperm(args.samples, generator=mixed)]
     labels = torch.cat([scorer.columns.repeat(8), to_score])
     count, kept = len(labels), slice(80 if args.samples else 0, None)
-    most = max(1, min(256, 2 ** 20 // args.resolution ** 2))            # at once, to save memory
+    most = at_once(args)
     for n in steps:
         # In turn a batch for each process: samples are those of one process, bit for bit.
         (rank, world), pixels, spent = fid.processes(), [], 0.0
