@@ -117,7 +117,7 @@ def pick_device(name):
         device = torch.device(auto if name == "auto" else name)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:        # torchrun: one for each
             rank, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if rank >= there:
+            if 0 < there <= rank:
                 raise ValueError(f"torchrun's process {rank + 1} has no GPU of its own; start "
                                  f"{there}, or give --device cpu")
             device = torch.device("cuda", rank)

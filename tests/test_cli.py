@@ -347,6 +347,9 @@ def test_torchruns_processes_need_a_gpu_each(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(fid.UserError, match="process 2 has no GPU of its own; start 1, or give"):
         fid.pick_device("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)             # none at all
+    with pytest.raises(fid.UserError, match=r"--device cuda: not available here \((?!torchrun)"):
+        fid.pick_device("cuda")
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
