@@ -28,20 +28,19 @@ Departs from the paper in:
     teacher's and the pairs' decay to zero, the generator's to a tenth, the fake score's stays.
     Generator and discriminator circle, the weights' mean is the centre, and where the fake score's
     rate falls too, the circle slows down and leaves it (`shapes`, 2500 updates: FD-random 0.037
-    against 0.026). Adam's
-    betas are 0 (teacher and pairs: 0.9) and 0.99, gradients are clipped;
+    against 0.026). Adam's betas are 0 (teacher and pairs: 0.9) and 0.99, gradients are clipped;
   * on `shapes`, where a training is minutes, the teacher's ln sigma is N(0, 1.8^2): N(-1.2, 1.2^2)
     is hardly ever where shapes are decided. The generator is called at sigma 10, where the teacher
     already draws (at 80: a mean image; the paper's one-step SDXL is called at 399 of 1000). Levels
-    that show nothing are left out, and 2 fake-score updates go with each of the generator: 5 are
-    better for each of its updates, not for each minute. The GAN's gradient at the image is kept
-    no larger than that of Eq. 2: with 3 times its norm, a colour was gone after 1000 updates;
-  * there, too, the generator first learns 4096 of the teacher's noise-image pairs (the paper's
-    one-step SDXL has such a warm-up, F.4), which gives it all colours in their shares (later
-    calls learn to denoise these images), and the GAN has a head on every map of the encoder and a
-    weight that counts: matching alone draws some colours ever more often (red and yellow: from an
-    eighth to a fifth in 300 updates). In the fake score its weight is 1, which in trainings of
-    more than 2000 updates gives the encoder to the discriminator: --disc-weight 0.01 there;
+    that show nothing are left out, and 2 fake-score updates go with each of the generator (at equal
+    rates five had 0.107 after 600 updates, one 0.108). The GAN's gradient at the image is kept no
+    larger than that of Eq. 2: with 3 times its norm, a colour was gone after 1000 updates;
+  * there, too, the generator first learns 4096 of the teacher's noise-image pairs, of 8 Heun steps
+    (the paper's one-step SDXL has such a warm-up, F.4), which gives it all colours in their shares
+    (later calls learn to denoise these images), and the GAN has a head on every map of the encoder
+    and a weight that counts: matching alone draws some colours ever more often (red and yellow:
+    from an eighth to a fifth in 300 updates). In the fake score its weight is 1, which in trainings
+    of more than 2000 updates gives the encoder to the discriminator: --disc-weight 0.01 there;
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the

@@ -10,7 +10,8 @@ weights cannot be had or mean nothing (`random`: printed as FD-random, never as 
     python fid.py samples.npz --stats cifar10.npz       # against the mu and sigma of a file
     python fid.py --data cifar10 --save-stats cifar10.npz           # make such a file
 
-print FID, KID, precision and recall, each a line with its protocol. Or from Python:
+The first prints FID, KID, precision and recall, the second FID alone: each a line with its
+protocol. Or from Python:
 
     images = load_images("shapes", 32)                  # or cifar10, a folder, ImageNet-64 batches
     net = RandomFeatures()

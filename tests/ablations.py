@@ -1,7 +1,7 @@
 """The papers' ablations on `shapes`: rows of one table differ in the options shown and have equal
 updates; those of dmd2.py and add.py start from one teacher. By hand:
 
-    python tests/ablations.py                     # every table: two and a half hours on two cores
+    python tests/ablations.py                     # every table: three and a half hours on two cores
     python tests/ablations.py add-losses --seeds 0,1
     python tests/ablations.py --list              # the commands, to run some of them by yourself
 
@@ -52,6 +52,14 @@ TABLES = {
         ("backward simulation", "", "19.32"),
         ("noised real images", "--no-backward-simulation", "20.66"),
     ]),
+    "dmd2-departures": ("dmd2", DMD2, [                     # of the preset of shapes from the paper
+        ("as it is", "", ""),
+        ("first call at sigma 80", "--start-sigma 80", ""),
+        ("all noise levels", "--dm-levels 0.02,0.98 --fake-levels 0,1", ""),
+        ("no bound of the GAN's gradient", "--gan-cap 0", ""),
+        ("a head on the last map alone", "--disc-maps 1", ""),
+        ("first 1500 updates on the pairs", "--pairs-iters 1500", ""),
+    ]),
     "add-condition": ("add", ADD, [                         # Table 1b: FID-5k, COCO
         ("nothing", "--condition none", "21.2"),
         ("the label (paper: text)", "--condition label", "21.2"),
@@ -74,11 +82,25 @@ TABLES = {
         ("2 steps", "--teacher-denoise-steps 2", "20.8"),
         ("4 steps", "--teacher-denoise-steps 4", "20.3"),
     ]),
+    "add-departures": ("add", "--steps 1,2,4 --iters 1000 --ema 0.997", [
+        ("as it is", "", ""),
+        ("heads not told the call", "--no-tell-call", ""),
+        ("calls at 400, 600, 800, 1000", "--taus 400,600,800,1000", ""),
+        ("R1 of 1e-5", "--r1 1e-5", ""),
+        ("lambda of 2.5", "--distill-weight 2.5", ""),
+    ]),
     "shortcut-k": ("shortcut", SHORTCUT, [
         ("0, flow matching", "--k 0", ""),
         ("1/8, the official code's", "--k 0.125", ""),
         ("1/4", "", ""),
         ("1/2", "--k 0.5", ""),
+    ]),
+    "shortcut-ema-targets": ("shortcut", f"{SHORTCUT} --ema-targets", [
+        ("k = 1/8", "--k 0.125", ""),
+        ("1/4", "", ""),
+        ("1/2", "--k 0.5", ""),
+        ("1/4, every self-consistency row d = 1", ALL_ONE, ""),
+        ("1/4, no weight decay", "--weight-decay 0", ""),
     ]),
     "shortcut-choices": ("shortcut", SHORTCUT, [
         ("as it is", "", ""),

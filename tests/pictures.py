@@ -3,6 +3,10 @@ scripts, sampled in all their steps, of the README's further runs, and of tests/
 hand:
 
     python tests/pictures.py                      # what it can; says which pictures are missing
+
+over-time.png is of default runs with --score-every 1000 in shortcut.py, 250 in dmd2.py, 500 in
+add.py; four-calls-shapes.png of the README's two lines for four calls with the teacher of
+`dmd2.py --seed 1` and the folders runs/four-seed1 and runs/four-real-seed1.
 """
 import csv
 import math
@@ -60,6 +64,39 @@ def curve(folder, calls):
                    and row["step"] in minutes}.items())
 
 
+def panel(draw, box, lines, xlabel, title, log=False):
+    """Draw curves into a box (left, top, width, height), each (label, colour, line width, points),
+    over axes from x = 0; the labels go to its right."""
+    left, top, width, height = box
+    xs, ys = zip(*(point for *_, points in lines for point in points))
+    longest, room = max(xs), 0.05 * (max(ys) - min(ys) or 1)
+    low, high = (min(ys) / 1.1, max(ys) * 1.1) if log else (min(ys) - room, max(ys) + room)
+    scale = math.log if log else float
+    x = lambda v: left + width * v / longest
+    y = lambda v: top + height * (scale(high) - scale(v)) / (scale(high) - scale(low))
+    ticks = [n * 10 ** e for e in range(-3, 3) for n in (1, 2, 5)]
+    step = next(t for t in [*ticks, math.inf] if log or (high - low) / t < 7)
+    font, grey = ImageFont.load_default(28), (225, 225, 225)
+    apart = next((n * 10 ** e for e in range(5) for n in (1, 2, 5) if longest / n / 10 ** e < 9),
+                 longest)
+    for v in range(0, math.ceil(longest), int(apart) or 1):
+        draw.line([(x(v), y(low)), (x(v), y(high))], grey, 2)
+        draw.text((x(v), y(low) + 12), str(v), "black", font, "mt")
+    for v in ticks if log else (i * step for i in range(math.ceil(low / step), 1000)):
+        if low < v < high:
+            draw.line([(x(0), y(v)), (x(longest), y(v))], grey, 2)
+            draw.text((x(0) - 12, y(v)), f"{v:g}", "black", font, "rm")
+    draw.text((x(longest / 2), y(low) + 60), xlabel, "black", font, "mt")
+    draw.text((left - 98, top - 50), title, "black", font)
+    for label, colour, thick, points in lines:
+        places = [(x(v), y(value)) for v, value in points]
+        draw.line(places, colour, thick, "curve")
+        if log:
+            for place in places:
+                draw.circle(place, thick + 2, colour)
+        draw.text((places[-1][0] + 16, places[-1][1]), label, colour, font, "lm")
+
+
 def chart(name, curves):
     """Save assets/NAME.png: the distance, on a log scale, against minutes; of each (label, colour,
     line width, run folder, calls)."""
@@ -67,31 +104,51 @@ def chart(name, curves):
     if missing:
         print(f"{name}: no scores on the way (--score-every) in {missing[0]}")
         return
-    lines = [(*how, curve(folder, calls)) for *how, folder, calls in curves]
-    minutes, distances = zip(*(point for *_, line in lines for point in line))
-    low, high, longest = min(distances) / 1.1, max(distances) * 1.1, max(minutes)
-    left, top, width, height = 110, 60, 1440, 720           # twice its size: halved, it is smooth
-    x = lambda v: left + width * v / longest
-    y = lambda v: top + height * math.log(high / v) / math.log(high / low)
-    picture = Image.new("RGB", (left + width + 300, top + height + 110), "white")
-    draw, font, grey = ImageDraw.Draw(picture), ImageFont.load_default(28), (225, 225, 225)
-    for v in range(0, math.ceil(longest), 5):
-        draw.line([(x(v), y(low)), (x(v), y(high))], grey, 2)
-        draw.text((x(v), y(low) + 12), str(v), "black", font, "mt")
-    for v in (n * 10 ** e for e in range(-3, 3) for n in (1, 2, 5)):
-        if low < v < high:
-            draw.line([(x(0), y(v)), (x(longest), y(v))], grey, 2)
-            draw.text((x(0) - 12, y(v)), f"{v:g}", "black", font, "rm")
-    draw.text((x(longest / 2), y(low) + 60), "minutes of training", "black", font, "mt")
-    draw.text((12, 10), "FD-random", "black", font)
-    for label, colour, thick, line in lines:
-        places = [(x(v), y(distance)) for v, distance in line]
-        draw.line(places, colour, thick, "curve")
-        for place in places:
-            draw.circle(place, thick + 2, colour)
-        draw.text((places[-1][0] + 16, places[-1][1]), label, colour, font, "lm")
+    picture = Image.new("RGB", (1850, 890), "white")        # twice its size: halved, it is smooth
+    panel(ImageDraw.Draw(picture), (110, 60, 1440, 720),
+          [(*how, curve(folder, calls)) for *how, folder, calls in curves],
+          "minutes of training", "FD-random", log=True)
+    save_half(picture, name)
+
+
+def save_half(picture, name):
     half = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
     save(half.quantize(64), name)
+
+
+def column(folder, name, every=100):
+    """-> (update, value) of a loss in a run's log, means of `every` updates, from the first of the
+    phase that has it. (A row may be of a few updates alone, where a checkpoint came between.)"""
+    rows = csv.DictReader((folder / "log.csv").read_text().splitlines())
+    then, first, sums = 0, None, {}
+    for row in rows:
+        step = int(row["step"])
+        if row.get(name):
+            first = then if first is None else first
+            part = sums.setdefault((step - first - 1) // every, [0.0, 0])
+            part[0], part[1] = part[0] + (step - then) * float(row[name]), part[1] + step - then
+        then = step
+    return [((i + 0.5) * every, total / n) for i, (total, n) in sums.items()]
+
+
+def losses():
+    """What the log of a healthy run looks like, of each method's default run."""
+    blue, orange, green = (60, 110, 220), (215, 110, 20), (40, 150, 70)
+    panels = dict(shortcut=[("loss_flow", blue), ("loss_shortcut", orange)],
+                  dmd2=[("loss_disc", blue), ("loss_gan", orange), ("loss_fake", green)],
+                  add=[("loss_adv", blue), ("d_real", orange), ("d_fake", green)])
+    folders = {name: RUNS / f"{name}-shapes" for name in panels}
+    missing = [name for name, folder in folders.items() if not (folder / "log.csv").exists()
+               or not all(column(folder, loss) for loss, _ in panels[name])]
+    if missing:
+        print(f"losses: no training to its end in {folders[missing[0]]}")
+        return
+    picture = Image.new("RGB", (2340, 700), "white")
+    for i, (name, lines) in enumerate(panels.items()):
+        panel(ImageDraw.Draw(picture), (110 + 780 * i, 60, 450, 530),
+              [(loss, colour, 4, column(folders[name], loss)) for loss, colour in lines],
+              "updates", f"{name}.py")
+    save_half(picture, "losses")
 
 
 def few_calls():
@@ -114,9 +171,9 @@ def few_calls():
         *((f"ADD, {n}" if n == 1 else f"{n}", add / f"samples-{n}step.png", 0)
           for n in (1, 2, 4))])
     strip("four-calls-shapes", [
-        *(("backward\nsimulation, 1" if n == 1 else f"{n}", RUNS / f"four/samples-{n}step.png", 0)
-          for n in (1, 2, 4)),
-        ("noised real\nimages, 4", RUNS / "four-real/samples-4step.png", 0)])
+        *(("backward\nsimulation, 1" if n == 1 else f"{n}",
+           RUNS / f"four-seed1/samples-{n}step.png", 0) for n in (1, 2, 4)),
+        ("noised real\nimages, 4", RUNS / "four-real-seed1/samples-4step.png", 0)])
     cifar = RUNS / "dmd2-cifar10-small"
     strip("dmd2-cifar10", [(f"{who}, {calls}", cifar / grid, row) for row in (0, 1)
                            for who, calls, grid in (("teacher", 35, "teacher-18step.png"),
@@ -166,4 +223,5 @@ if __name__ == "__main__":
     few_calls()
     progress()
     over_time()
+    losses()
     tables()

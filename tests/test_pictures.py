@@ -76,3 +76,23 @@ def test_a_chart_has_the_distances_of_the_mean_at_the_minutes_of_training(folder
                            for x in (55 + 180, 55 + 360, 55 + 720))         # half of the picture's
     assert abs((right - middle) - (middle - left)) <= 2     # a straight line in the logarithm
     assert image.getpixel((55 + 72, left))[1] > 50          # and nothing before the first minute
+
+
+def test_a_loss_is_the_mean_over_updates_of_the_phase_that_has_it(folders, capsys):
+    """Rows of one update and of 49, after a checkpoint that came between, are one of 50."""
+    pictures.losses()
+    assert "losses: no training to its end in" in capsys.readouterr().out
+    for name, first, columns in (("shortcut", 0, "loss_flow,loss_shortcut"),
+                                 ("dmd2", 100, "loss_disc,loss_gan,loss_fake"),
+                                 ("add", 100, "loss_adv,d_real,d_fake")):
+        folder, n = folders / "runs" / f"{name}-shapes", columns.count(",")
+        folder.mkdir(parents=True)
+        rows = [f"{first + 1},1,{5 * f'{v},'}" for v in [99]] + [
+            f"{first + step},1,{5 * f'{step / 100},'}" for step in (50, 100, 200, 400)]
+        before = f"{first},1,,,,,\n" * bool(first)
+        (folder / "log.csv").write_text(f"step,seconds,{columns}{',x' * (4 - n)}\n" + before
+                                        + "\n".join(row.rstrip(",") for row in rows) + "\n")
+        points = pictures.column(folder, columns.split(",")[0])
+        assert points == [(50, pytest.approx((99 + 49 * 0.5 + 50 * 1) / 100)), (150, 2), (350, 4)]
+    pictures.losses()
+    assert Image.open(folders / "losses.png").width == 1170
