@@ -518,6 +518,8 @@ def main(argv=None):
     widths = dict(teacher=[args.channels * m for m in args.mult], vit=4 * [768], dinov2=4 * [384])
     disc = Discriminator(widths[args.feature_net], null_class, args.condition,
                          len(args.taus) * args.tell_call).to(device)
+    norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False, momentum=None)    # None: of all it saw
+                          for c in widths[args.feature_net]).to(device).eval()
     adam = lambda params, lr, beta1=0.0, decay=0.01: torch.optim.AdamW(
         params, lr, (beta1, 0.99), weight_decay=decay, fused=True)
     opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
@@ -530,7 +532,7 @@ def main(argv=None):
         teacher=teacher, teacher_ema=teacher_ema, opt_teacher=opt_teacher,
         schedule_teacher=schedule_teacher, student=student, student_ema=student_ema,
         opt_student=opt_student, schedule_student=schedule_student, disc=disc, opt_disc=opt_disc,
-        schedule_disc=schedule_disc))
+        schedule_disc=schedule_disc, norms=norms))
     if args.teacher and not run.step:
         load_teacher(args.teacher, teacher_ema, run, args.nulls)
     begin = 0 if args.teacher else args.teacher_iters       # the step where phase 2 begins
@@ -545,8 +547,10 @@ def main(argv=None):
             vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
 
     def extract(x0, t, eps):
-        """The frozen network's feature maps; the teacher's encoder sees images at time t."""
-        return vit(x0) if vit else psi.encode(psi.noised(x0, t, eps), t, None)
+        """The frozen network's feature maps, each channel in units of its deviation over real
+        images; the teacher's encoder sees images at time t."""
+        maps = vit(x0) if vit else psi.encode(psi.noised(x0, t, eps), t, None)
+        return [5 * norm(h.float()) for norm, h in zip(norms, maps)]        # 5: the rates are for
 
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
@@ -583,8 +587,17 @@ def main(argv=None):
             y = scorer.columns.to(device)
             x0 = teach(noise_of(range(10), args, device), y, teacher_steps or 32)
             save_grid(run, f"progress/teacher-{step + 1:07d}.png", to_uint8(x0).cpu())
-    if run.step == begin and args.student_init == "teacher":
-        student.load_state_dict(psi.state_dict())
+    if run.step == begin:
+        if args.student_init == "teacher":
+            student.load_state_dict(psi.state_dict())
+        torch.manual_seed(args.seed)
+        norms.train()                                       # 1024 real images: then it is fixed
+        for _ in range(16 if args.adv_weight else 0):
+            x0, _ = draw_batch(pixels, labels, 64, args.flip)
+            t_F = torch.randint(args.feature_noise + 1, (64,), device=device)
+            with autocast, torch.no_grad():
+                extract(x0, t_F, torch.randn_like(x0))
+        norms.eval()
 
     # Phase 2: the student and the heads, an update of each.
     taus = torch.tensor(args.taus, device=device)

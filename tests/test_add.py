@@ -452,13 +452,15 @@ def test_a_vision_transformer_gives_maps_of_four_blocks(monkeypatch):
 
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path, share):
-    seen = dict(disc=[], encode=[], loss=[], student=[])
+    seen = dict(disc=[], encode=[], loss=[], student=[], maps=[], features=[])
     def heads(self, features, y, c_img, known, call, real=Discriminator.forward):
         seen["disc"].append((c_img, known, call))
+        seen["features"].append(features)
         return real(self, features, y, c_img, known, call)
     def encode(self, x, t, y, real=Denoiser.encode):
         seen["encode"].append((t, y))
-        return real(self, x, t, y)
+        seen["maps"].append(real(self, x, t, y))
+        return seen["maps"][-1]
     def loss(teacher, x_hat, t, eps, y, c, *rest, real=distillation_loss):
         seen["loss"].append((t, c, rest))
         return real(teacher, x_hat, t, eps, y, c, *rest)
@@ -484,7 +486,7 @@ def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path, s
             assert torch.equal(known, (t < 1000) & real_image_behind)
             assert torch.equal(c, told[0][0])
             assert torch.equal(torch.tensor([200, 400, 600, 1000])[call], t)
-        (t_fake, y1), (t_real, y2), (t_img, y3) = seen["encode"][3 * i:3 * i + 3]
+        (t_fake, y1), (t_real, y2), (t_img, y3) = seen["encode"][16 + 3 * i:16 + 3 * i + 3]
         assert torch.equal(t_fake, t_real) and not t_img.any() and y1 is y2 is y3 is None
     noised = torch.cat([t for t, _ in seen["encode"]])
     assert noised.max() <= 250 and noised.max() > 200
@@ -492,6 +494,18 @@ def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path, s
     assert t.min() >= 1 and t.max() <= 999 and t.max() > 900
     assert_close(c, ALPHA[t] * SIGMA[t] / 2)
     assert {row[2] for row in seen["loss"]} == {(2, 3.0)}
+    # The features: each channel less its mean over 16 batches of real images, in fifths of its
+    # deviation over them; the real ones and the student's alike.
+    first = [torch.stack(maps).double() for maps in zip(*seen["maps"][:16])]
+    for i in range(30):
+        (fake, real), (given_real, given_fake) = (seen[name][at:at + 2] for name, at in (
+            ("maps", 16 + 3 * i), ("features", 3 * i)))
+        for maps, given in (real, given_real), (fake, given_fake):
+            for h, h0, h1 in zip(first, maps, given, strict=True):
+                mean = h.mean((0, 1, 3, 4))[:, None, None]
+                variance = h.var((1, 3, 4)).mean(0)[:, None, None]
+                assert_close(h1, (5 * (h0 - mean) / (variance + 1e-5).sqrt()).float(), atol=1e-3,
+                             rtol=1e-3)
 
 
 def test_the_heads_are_told_the_call_unless_they_should_not(small, tmp_path):

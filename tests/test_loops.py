@@ -232,7 +232,7 @@ def test_add_shows_each_network_what_is_its_own(tmp_path, monkeypatch):
     assert times.min() < 100 and times.max() > 900
     assert .3 < (labels == 10).float().mean() < .7
     alpha, sigma = add.vp_schedule()
-    for (x, t, y), (x0, own) in zip(seen, batches[8:], strict=True):
+    for (x, t, y), (x0, own) in zip(seen, batches[8 + 16:], strict=True):
         for x, t, x0 in zip(x, t, x0[8:]):                  # unit noise, once its image is gone
             assert abs(((x - alpha[t] * x0) / sigma[t]).square().mean() - 1) < .25
 

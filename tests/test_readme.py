@@ -104,3 +104,17 @@ def test_the_equations_are_on_the_lines_that_the_table_says():
 def test_links_to_files_are_alive():
     for target in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
         assert (ROOT / target.split("#")[0]).exists(), target
+
+
+def test_links_to_sections_are_alive():
+    """GitHub's names of them: lower case, no punctuation, a hyphen for each space."""
+    titles = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    names = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    assert len(set(names)) == len(names) >= 10
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= set(names)
+
+
+def test_the_tests_that_it_names_are_there():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", README)
+    assert names and all(f"def {name}(" in tests for name in names)
