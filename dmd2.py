@@ -38,9 +38,8 @@ Departs from the paper in:
   * there, too, the generator first learns 4096 of the teacher's noise-image pairs, of 8 Heun steps
     (the paper's one-step SDXL has such a warm-up, F.4), which gives it all colours in their shares
     (later calls learn to denoise these images), and the GAN has a head on every map of the encoder
-    and a weight that counts: matching alone draws some colours ever more often (red and yellow:
-    from an eighth to a fifth in 300 updates). In the fake score its weight is 1, which in trainings
-    of more than 2000 updates gives the encoder to the discriminator: --disc-weight 0.01 there;
+    and, for the generator, a weight that counts: matching alone draws some colours ever more often
+    (red and yellow: from an eighth to a fifth in 300 updates);
   * one pass of the fake score serves its denoising loss and the fake logit, one of the noised
     image the difference of scores and the generator's logit: they share sigma and eps, which the
     official code draws apart. The sums of the losses have the same expectation, but that the
@@ -119,7 +118,6 @@ PRESETS = dict(
     fake_levels=((.15, .8), (0., 1.),  (0., 1.),  (0., 1.)),
     gan_weight =(1.0,       6e-3,      6e-3,      3e-3),
     gan_cap    =(1.0,       0.0,       0.0,       0.0),
-    disc_weight=(1.0,       1e-2,      1e-2,      1e-2),
     disc_maps  =(0,         1,         1,         1),
     samples    =(2048,      50_000,    10_000,    50_000),
     features   =("random",  "auto",    "auto",    "auto"),
@@ -165,7 +163,7 @@ def method_options(add):
     add("--gan-weight", type=float, help="of the generator's GAN loss; 0: no GAN")
     add("--gan-cap", type=float, help="bound of the GAN's gradient at the images, in norms of "
         "distribution matching's; 0: none")
-    add("--disc-weight", type=float, help="of the discriminator in L_fake")
+    add("--disc-weight", type=float, default=0.01, help="of the discriminator in L_fake")
     add("--disc-maps", type=int, help="how many of the encoder's maps it sees, from the deepest; "
         "0: all")
     add("--dm-levels", type=shares, help="part of the table of noise levels that the generator's "

@@ -168,8 +168,7 @@ def few_calls():
         ("DMD2's teacher, 35", dmd2 / "teacher-18step.png", 0),
         ("DMD2, 1", dmd2 / "samples-1step.png", 0),
         ("ADD's teacher, 32", add / "teacher-32step.png", 0),
-        *((f"ADD, {n}" if n == 1 else f"{n}", add / f"samples-{n}step.png", 0)
-          for n in (1, 2, 4))])
+        ("ADD, 4", add / "samples-4step.png", 0)])
     strip("four-calls-shapes", [
         *(("backward\nsimulation, 1" if n == 1 else f"{n}",
            RUNS / f"four-seed1/samples-{n}step.png", 0) for n in (1, 2, 4)),
