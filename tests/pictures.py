@@ -64,7 +64,7 @@ def curve(folder, calls):
                    and row["step"] in minutes}.items())
 
 
-def panel(draw, box, lines, xlabel, title, log=False):
+def panel(draw, box, lines, xlabel, title, log=False, dots=False):
     """Draw curves into a box (left, top, width, height), each (label, colour, line width, points),
     over axes from x = 0; the labels go to its right."""
     left, top, width, height = box
@@ -77,9 +77,9 @@ def panel(draw, box, lines, xlabel, title, log=False):
     ticks = [n * 10 ** e for e in range(-3, 3) for n in (1, 2, 5)]
     step = next(t for t in [*ticks, math.inf] if log or (high - low) / t < 7)
     font, grey = ImageFont.load_default(28), (225, 225, 225)
-    apart = next((n * 10 ** e for e in range(5) for n in (1, 2, 5) if longest / n / 10 ** e < 9),
-                 longest)
-    for v in range(0, math.ceil(longest), int(apart) or 1):
+    apart = next(n * 10 ** e for e in range(9) for n in (1, 2, 5)       # of numbers below
+                 if longest / n / 10 ** e < width / 110)
+    for v in range(0, math.ceil(longest), apart):
         draw.line([(x(v), y(low)), (x(v), y(high))], grey, 2)
         draw.text((x(v), y(low) + 12), str(v), "black", font, "mt")
     for v in ticks if log else (i * step for i in range(math.ceil(low / step), 1000)):
@@ -91,9 +91,8 @@ def panel(draw, box, lines, xlabel, title, log=False):
     for label, colour, thick, points in lines:
         places = [(x(v), y(value)) for v, value in points]
         draw.line(places, colour, thick, "curve")
-        if log:
-            for place in places:
-                draw.circle(place, thick + 2, colour)
+        for place in places if dots else ():
+            draw.circle(place, thick + 2, colour)
         draw.text((places[-1][0] + 16, places[-1][1]), label, colour, font, "lm")
 
 
@@ -107,7 +106,7 @@ def chart(name, curves):
     picture = Image.new("RGB", (1850, 890), "white")        # twice its size: halved, it is smooth
     panel(ImageDraw.Draw(picture), (110, 60, 1440, 720),
           [(*how, curve(folder, calls)) for *how, folder, calls in curves],
-          "minutes of training", "FD-random", log=True)
+          "minutes of training", "FD-random", log=True, dots=True)
     save_half(picture, name)
 
 
@@ -147,7 +146,7 @@ def losses():
     for i, (name, lines) in enumerate(panels.items()):
         panel(ImageDraw.Draw(picture), (110 + 780 * i, 60, 450, 530),
               [(loss, colour, 4, column(folders[name], loss)) for loss, colour in lines],
-              "updates", f"{name}.py")
+              "updates", f"{name}.py", log=name == "shortcut")
     save_half(picture, "losses")
 
 
