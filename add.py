@@ -24,7 +24,8 @@ Departs from the paper in (its training code is not public, and it leaves much o
     (`norms`), where StyleGAN-T's have a local batch norm. In the encoder's own units a weak teacher
     shows them little but the mean: on CIFAR-10, after 3000 updates of the teacher and 700 of the
     student, one call painted stripes (FD-random in 1 and 4 calls, of the weights as they are, 2.74
-    and 6.15; so 0.45 and 0.98; on shapes 0.085 and 0.039, so 0.091 and 0.050, of their mean);
+    and 6.15; so 0.45 and 0.98; of their mean on shapes 0.085 and 0.039, so 0.091 and 0.050 and, in
+    another seed, 0.075 and 0.039);
   * the heads have 3x3 convolutions on feature maps where StyleGAN-T's have 1-d ones on tokens, and
     are averaged over places and images. There is one for each stage of the encoder, four on a
     transformer (StyleGAN-T: five, and images are augmented);
