@@ -1,6 +1,6 @@
 """How fast the methods are, as ratios measured in one run. By hand, on an idle machine:
 
-    python tests/benchmark.py                     # every row: a quarter of an hour on two cores
+    python tests/benchmark.py                     # every row: 20 minutes on two cores
     python tests/benchmark.py dmd2 precision      # some of them
 
 Steps are those of the scripts' own main(), with a clock in its loop. The variants of a row take
