@@ -523,7 +523,7 @@ def main(argv=None):
     widths = dict(teacher=[args.channels * m for m in args.mult], vit=4 * [768], dinov2=4 * [384])
     disc = Discriminator(widths[args.feature_net], null_class, args.condition,
                          len(args.taus) * args.tell_call).to(device)
-    norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False, momentum=None)    # None: of all it saw
+    norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False, momentum=None)    # None: a plain mean
                           for c in widths[args.feature_net]).to(device).eval()
     adam = lambda params, lr, beta1=0.0, decay=0.01: torch.optim.AdamW(
         params, lr, (beta1, 0.99), weight_decay=decay, fused=True)
@@ -552,10 +552,11 @@ def main(argv=None):
             vit = VisionTransformer(args.feature_net).to(device).eval().requires_grad_(False)
 
     def extract(x0, t, eps):
-        """The frozen network's feature maps, each channel in units of its deviation over real
-        images; the teacher's encoder sees images at time t."""
+        """The frozen network's feature maps, float; the teacher's encoder sees images at time t.
+        Each channel has deviation 5 over real images: about that of the encoder's own on `shapes`,
+        for which the rates are."""
         maps = vit(x0) if vit else psi.encode(psi.noised(x0, t, eps), t, None)
-        return [5 * norm(h.float()) for norm, h in zip(norms, maps)]        # 5: the rates are for
+        return [5 * norm(h.float()) for norm, h in zip(norms, maps)]
 
     if args.compile:
         torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
@@ -646,8 +647,8 @@ def main(argv=None):
                 real = extract(x0[rows], t_F[rows], eps_real[rows])
                 c_img = real if vit or disc.image is None else extract(
                     x0[rows], clean[rows], 0 * x0[rows])
-            conditions.append((y[rows], c_img[-1].mean((2, 3)).float(), known[rows], call[rows]))
-            real = [f.float().requires_grad_() for f in real]
+            conditions.append((y[rows], c_img[-1].mean((2, 3)), known[rows], call[rows]))
+            real = [f.requires_grad_() for f in real]
             with autocast:
                 logits_real = disc(real, *conditions[-1])
                 logits_fake = disc([f.detach() for f in fake], *conditions[-1])

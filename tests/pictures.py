@@ -4,9 +4,10 @@ hand:
 
     python tests/pictures.py                      # what it can; says which pictures are missing
 
-over-time.png is of default runs with --score-every 1000 in shortcut.py, 250 in dmd2.py, 500 in
-add.py; four-calls-shapes.png of the README's two lines for four calls with the teacher of
-`dmd2.py --seed 1` and the folders runs/four-seed1 and runs/four-real-seed1.
+header.png is of the three default runs and of the README's runs/four, with the teacher of
+`dmd2.py --seed 0`; over-time.png of default runs with --score-every 1000 in shortcut.py, 250 in
+dmd2.py, 500 in add.py; four-calls-shapes.png of the README's two lines for four calls with the
+teacher of `dmd2.py --seed 1` and the folders runs/four-seed1 and runs/four-real-seed1.
 """
 import csv
 import math
