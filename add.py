@@ -12,7 +12,7 @@ denoises the student's image once it is noised afresh.
 Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. All networks
 predict v = alpha_t eps - sigma_t x0: of a predicted eps, no image could be had at t = 1000.
 
-    python add.py --steps 1                           # coloured shapes, on a CPU: twenty minutes
+    python add.py --steps 1                           # coloured shapes, on a CPU: 19 minutes
     python add.py --steps 1,2,4                       # the same run, sampled in up to four calls
     python add.py --data cifar10 --steps 1,4          # on a GPU
 
@@ -20,12 +20,11 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * everything is small, in pixels, trained from scratch, teacher included; DDPM's linear betas;
   * the frozen feature network is by default the teacher's own encoder, which sees the images with
     some noise and the null label (LADD, 2403.12015), not DINOv2, which is a download;
-  * the heads see each channel of the features in units of its deviation over 1024 real images
-    (`norms`), where StyleGAN-T's have a local batch norm. In the encoder's own units a weak teacher
-    shows them little but the mean: on CIFAR-10, after 3000 updates of the teacher and 700 of the
-    student, one call painted stripes (FD-random in 1 and 4 calls, of the weights as they are, 2.74
-    and 6.15; so 0.45 and 0.98; of their mean on shapes 0.085 and 0.039, so 0.091 and 0.050 and, in
-    another seed, 0.075 and 0.039);
+  * the heads see each channel of the features less its mean, in units of its deviation, over 1024
+    real images (`norms`), where StyleGAN-T's have a local batch norm. In the encoder's own units a
+    weak teacher shows them little but the mean: on CIFAR-10, after 3000 updates of the teacher and
+    700 of the student, one call painted stripes (FD-random of the weights as they are 2.74 in one
+    call and 6.15 in four; standardised 0.45 and 0.98). On shapes it makes no clear difference;
   * the heads have 3x3 convolutions on feature maps where StyleGAN-T's have 1-d ones on tokens, and
     are averaged over places and images. There is one for each stage of the encoder, four on a
     transformer (StyleGAN-T: five, and images are augmented);
@@ -42,7 +41,10 @@ Departs from the paper in (its training code is not public, and it leaves much o
     0.555 after four (the images': 0.503), and four calls scored worse than one (FD-random 0.36
     against 0.16; on shapes 0.054 against 0.101, with them 0.038 against 0.076);
   * the student's times are 200, 400, 600 and 1000 (--taus; the paper names the last alone, and its
-    released models are called at 999, 899, 799, 699): 400, 600, 800, 1000 were worse in two calls;
+    released models are called at 999, 899, 799, 699): 400, 600, 800, 1000 were worse in two calls.
+    They predict the image and noise it afresh (released: Euler-ancestral steps, which keep a part
+    of the noise);
+  * the weighting is exponential, that of the paper's ablations (its final models: NFSD);
   * |.|^2 is a mean over the pixels, so lambda is not comparable: at 2.5 the distillation's gradient
     at an image is a 200th of the adversarial one, at 80 a fifth. t is uniform in 1 .. 999, and
     w = sigma^2 in the SDS and NFSD weightings;
@@ -129,9 +131,9 @@ def method_options(add):
         "image but, as in sampling, the student's own of the call before; the paper: 0")
     add("--student-init", choices=["teacher", "random"], default="teacher",
         help="random: Table 1c")
-    add("--distill-weight", type=float, default=80.0, help="lambda; 0: adversarial alone")
     add("--adv-weight", type=float, default=1.0, help="of the adversarial loss; 0: distillation "
         "alone")
+    add("--distill-weight", type=float, default=80.0, help="lambda; 0: adversarial alone")
     add("--weighting", choices=["exponential", "sds", "nfsd"], default="exponential",
         help="of the distillation loss: c(t) = alpha, that of SDS, or NFSD's gradient")
     add("--nfsd-scale", type=float, default=7.5, help="guidance within --weighting nfsd, which has "
@@ -186,7 +188,7 @@ def check_method(args):
                         "learn from")
 
 
-# ---- schedule ------------------------------------------------------------------------------------
+# ---- schedule: alpha and sigma -------------------------------------------------------------------
 
 def vp_schedule():
     """alpha, sigma [T + 1] of the times 0 .. T, alpha^2 + sigma^2 = 1, alpha_T exactly 0.
@@ -208,6 +210,9 @@ class Denoiser(nn.Module):
     v = c_skip x_t + c_out net(x_t / S), with S^2 = sigma^2 + (alpha a)^2 the variance of x_t for
     images of variance a^2: c_skip x_t is the best linear guess of v, c_out the deviation of the
     rest, so that the network's target has variance one at every t (as EDM preconditions).
+
+    x [B, 3, R, R]; t [B] int64, 0 .. T; y [B] int64, None: the null class. v, eps: what else the
+    network predicts of x_t; encode: its features, a map [B, C, H, W] of each stage.
     """
 
     def __init__(self, net, alpha, sigma, a=0.5):
@@ -217,7 +222,7 @@ class Denoiser(nn.Module):
         self.register_buffer("sigma", sigma, persistent=False)
 
     def noised(self, x0, t, eps):
-        return expand(self.alpha[t]) * x0 + expand(self.sigma[t]) * eps     # [B, 1, 1, 1] each
+        return expand(self.alpha[t]) * x0 + expand(self.sigma[t]) * eps     # [B, 1, 1, 1]
 
     def S(self, t):
         return (self.sigma[t] ** 2 + (self.alpha[t] * self.a) ** 2).sqrt()
@@ -320,8 +325,9 @@ class Discriminator(nn.Module):
 
 
 # ---- losses --------------------------------------------------------------------------------------
-# x0, x_hat, eps [B, 3, R, R]; t, y [B] int64, a label of None is the null class. Losses are means
-# over the batch, and over all elements of an image or a map of logits; the heads' are added up.
+# x0 real images in [-1, 1], x_hat the student's, eps noise, all [B, 3, R, R]; t, y [B] int64, a
+# label of None is the null class; logits: of each head [B, H, W]. Losses are means over the batch,
+# and over all elements of an image or a map of logits; the heads' are added up: scalars.
 
 def guided(teacher, x, t, y, cfg_scale=1.0):
     """v of the teacher with classifier-free guidance; 1: off."""
@@ -332,10 +338,10 @@ def guided(teacher, x, t, y, cfg_scale=1.0):
     return v_null + cfg_scale * (v - v_null)
 
 
-def teacher_loss(D, x0, t, eps, y):
+def teacher_loss(teacher, x0, t, eps, y):
     """|v_hat - (alpha_t eps - sigma_t x0)|^2, t uniform in 1 .. T (Salimans and Ho, 2202.00512)."""
-    v = expand(D.alpha[t]) * eps - expand(D.sigma[t]) * x0
-    return (D.v(D.noised(x0, t, eps), t, y) - v).square().mean()
+    v = expand(teacher.alpha[t]) * eps - expand(teacher.sigma[t]) * x0
+    return (teacher.v(teacher.noised(x0, t, eps), t, y) - v).square().mean()
 
 
 def adversarial_loss(logits_fake):
@@ -358,8 +364,9 @@ def r1_penalty(logits_real, features):
 
 
 def c_of_t(weighting, alpha, sigma):
-    """exponential: alpha. sds: alpha w / (2 sigma) with w = sigma^2, which makes Eq. 4's gradient
-    that of score distillation sampling, w (eps_hat - eps) (appendix A)."""
+    """c(t) of Eq. 4, from alpha and sigma at t. exponential: alpha. sds: alpha w / (2 sigma) with
+    w = sigma^2, which makes Eq. 4's gradient that of score distillation sampling,
+    w (eps_hat - eps) (appendix A)."""
     w = sigma ** 2
     return dict(exponential=alpha, sds=alpha * w / (2 * sigma))[weighting]
 
@@ -371,13 +378,15 @@ def distillation_loss(teacher, x_hat, t, eps, y, c, steps=1, cfg_scale=1.0):
     """
     with torch.no_grad():
         x_t = teacher.noised(x_hat, t, eps)
+        # x_hat_psi: one step of DDIM down to 0 is (x_t - sigma_t eps_hat) / alpha_t.
         target = ddim(teacher, x_t, t, y, steps, cfg_scale)
-    return (expand(c) * (x_hat - target).square()).mean()
+    return (expand(c) * (x_hat - target).square()).mean()   # Eq. 4
 
 
 def nfsd_loss(teacher, x_hat, t, eps, y, y_other, scale):
     """Noise-free score distillation (Katzir et al., 2310.17590, Eq. 6): the gradient is
-    w (delta_D + s delta_C), in which the added noise eps is not subtracted."""
+    w (delta_D + s delta_C), in which the added noise eps is not subtracted. y_other [B]: the
+    negative prompts; scale: s."""
     with torch.no_grad():
         x_t, sigma = teacher.noised(x_hat, t, eps), expand(teacher.sigma[t])
         eps_y, eps_null, eps_other = (teacher.eps(x_t, t, label) for label in (y, None, y_other))
@@ -389,18 +398,6 @@ def nfsd_loss(teacher, x_hat, t, eps, y, y_other, scale):
 
 # ---- samplers ------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def ddim(teacher, x, t, y, steps, cfg_scale=1.0):
-    """From x_t at times t [B] to images, in equal steps of time (Song et al., 2010.02502)."""
-    for i in range(steps):
-        now, then = t - t * i // steps, t - t * (i + 1) // steps
-        v = guided(teacher, x, now, y, cfg_scale)
-        x0 = expand(teacher.alpha[now]) * x - expand(teacher.sigma[now]) * v
-        eps = expand(teacher.sigma[now]) * x + expand(teacher.alpha[now]) * v
-        x = teacher.noised(x0, then, eps)
-    return x
-
-
 def down(taus, steps):
     """The times of a student that samples in so many steps: 1000, then evenly down the taus."""
     return [taus[::-1][i * len(taus) // steps] for i in range(steps)]
@@ -408,7 +405,8 @@ def down(taus, steps):
 
 @torch.no_grad()
 def sample(student, noise, y, taus):
-    """Predict the image and noise it afresh, down the times `taus` (falling, from pure noise)."""
+    """Images of labels y [B]: predict them and noise them afresh, down the times `taus` (falling,
+    from pure noise). noise: callable -> fresh noise [B, 3, R, R]."""
     x = noise()
     for i, tau in enumerate(taus):
         x_hat = student(x, torch.full_like(y, tau), y)
@@ -432,6 +430,20 @@ def simulated(student, eps, y, k, taus):
             then = torch.full_like(y[rows], taus[i - 1])
             x_hat = student(x[rows], torch.full_like(then, taus[i]), y[rows])
             x[rows] = student.noised(x_hat, then, eps[i - 1, rows])
+    return x
+
+
+@torch.no_grad()
+def ddim(teacher, x, t, y, steps, cfg_scale=1.0):
+    """From x_t at times t [B], 1 .. T, to images, in equal steps of time, to rounding (Song et al.,
+    2010.02502): the teacher's sampler and, from the student's noised image, its target."""
+    for i in range(steps):
+        now, then = t - t * i // steps, t - t * (i + 1) // steps
+        v = guided(teacher, x, now, y, cfg_scale)
+        # (x - sigma eps) / alpha, but also where alpha is 0.
+        x0 = expand(teacher.alpha[now]) * x - expand(teacher.sigma[now]) * v
+        eps = expand(teacher.sigma[now]) * x + expand(teacher.alpha[now]) * v
+        x = teacher.noised(x0, then, eps)
     return x
 
 
@@ -515,16 +527,16 @@ def main(argv=None):
                       null_class, dropout=args.dropout, checkpoint=args.checkpoint_activations),
                  *vp_schedule())
         .to(device, memory_format=torch.channels_last) for _ in range(2))
+    widths = dict(teacher=[args.channels * m for m in args.mult], vit=4 * [768], dinov2=4 * [384])
+    disc = Discriminator(widths[args.feature_net], null_class, args.condition,
+                         len(args.taus) * args.tell_call).to(device)
+    norms = nn.ModuleList(nn.BatchNorm2d(width, affine=False, momentum=None)    # None: plain mean
+                          for width in widths[args.feature_net]).to(device).eval()
     teacher_ema = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(args.teacher_ema))
     student_ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     for net in (teacher_ema, student, student_ema):         # from here on: no dropout
         net.eval()
     psi = teacher_ema.module.requires_grad_(False)
-    widths = dict(teacher=[args.channels * m for m in args.mult], vit=4 * [768], dinov2=4 * [384])
-    disc = Discriminator(widths[args.feature_net], null_class, args.condition,
-                         len(args.taus) * args.tell_call).to(device)
-    norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False, momentum=None)    # None: a plain mean
-                          for c in widths[args.feature_net]).to(device).eval()
     adam = lambda params, lr, beta1=0.0, decay=0.01: torch.optim.AdamW(
         params, lr, (beta1, 0.99), weight_decay=decay, fused=True)
     opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
@@ -546,6 +558,11 @@ def main(argv=None):
     teacher_steps = args.teacher_steps
     if teacher_steps is None:                               # once, after the training
         teacher_steps = 0 if (run.folder / "teacher-32step.png").exists() else 32
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
+        torch._dynamo.config.recompile_limit = 64           # not 8: all nets are of one code
+        for net in (teacher.net, psi.net, student.net, student_ema.module.net):
+            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
     vit = None
     if args.feature_net != "teacher" and trains:
         with fid.first_alone():
@@ -556,13 +573,7 @@ def main(argv=None):
         Each channel has deviation 5 over real images: about that of the encoder's own on `shapes`,
         for which the rates are."""
         maps = vit(x0) if vit else psi.encode(psi.noised(x0, t, eps), t, None)
-        return [5 * norm(h.float()) for norm, h in zip(norms, maps)]
-
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True         # without a compiler: go on uncompiled
-        torch._dynamo.config.recompile_limit = 64           # not 8: all nets are of one code
-        for net in (teacher.net, psi.net, student.net, student_ema.module.net):
-            net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
+        return [5 * standardise(h.float()) for standardise, h in zip(norms, maps)]
 
     def teach(noise, y, steps):
         with autocast:
@@ -611,17 +622,18 @@ def main(argv=None):
         x0, y = draw_batch(pixels, labels, args.batch, args.flip)
         k = torch.randint(len(taus), y.shape)               # on the CPU, so that none waits for it
         call = k.to(device, non_blocking=True)
-        own = round(args.simulated * len(y))                # the first rows
-        s, eps_s = taus[call], torch.randn((len(taus), *x0.shape), device=device)
+        s = taus[call]
+        eps_s = torch.randn((len(taus), *x0.shape), device=device)      # each call's
         x_s = student.noised(x0, s, eps_s[0])
+        own = round(args.simulated * len(y))                # how many, the first, are `simulated`
         for rows in slices(args):
-            rows = slice(rows.start, own, rows.step)
+            first = slice(rows.start, own, rows.step)
             with autocast:
-                x_s[rows] = simulated(student, eps_s[:, rows], y[rows], k[rows], args.taus)
+                x_s[first] = simulated(student, eps_s[:, first], y[first], k[first], args.taus)
         known = s < T                                       # where x_s shows x0: c_img is told
         known[:own] = False
         if args.adv_weight:
-            t_F, clean = torch.randint(args.feature_noise + 1, y.shape, device=device), 0 * y
+            t_F = torch.randint(args.feature_noise + 1, y.shape, device=device)
             eps_fake, eps_real = torch.randn_like(x0), torch.randn_like(x0)
         if args.distill_weight:
             t, eps = torch.randint(1, T, y.shape, device=device), torch.randn_like(x0)
@@ -638,15 +650,15 @@ def main(argv=None):
         # The heads. Their features are of a frozen network: one pass serves both updates, unless
         # there are micro-batches, of which memory holds one.
         parts, conditions = [*slices(args)], []
-        iterated = [b.clone() for b in disc.buffers()]
+        vectors = [b.clone() for b in disc.buffers()]       # of spectral norm
         for rows in parts if args.adv_weight else ():
-            rewind(disc, iterated)
+            rewind(disc, vectors)
             with torch.set_grad_enabled(len(parts) == 1):
                 x_hat, leaf, fake = forward(rows)
             with autocast, torch.no_grad():
                 real = extract(x0[rows], t_F[rows], eps_real[rows])
-                c_img = real if vit or disc.image is None else extract(
-                    x0[rows], clean[rows], 0 * x0[rows])
+                clean = x0[rows], torch.zeros_like(y[rows]), torch.zeros_like(x0[rows])     # t = 0
+                c_img = real if vit or disc.image is None else extract(*clean)
             conditions.append((y[rows], c_img[-1].mean((2, 3)), known[rows], call[rows]))
             real = [f.requires_grad_() for f in real]
             with autocast:
@@ -662,9 +674,9 @@ def main(argv=None):
         if args.adv_weight:
             run.add(grad_norm_disc=update(opt_disc, schedule_disc))
 
-        iterated = [b.clone() for b in disc.buffers()]
+        vectors = [b.clone() for b in disc.buffers()]
         for i, rows in enumerate(parts):
-            rewind(disc, iterated)
+            rewind(disc, vectors)
             if len(parts) > 1 or not args.adv_weight:
                 x_hat, leaf, fake = forward(rows)
             grad_adv = grad_distill = torch.zeros_like(leaf)
@@ -684,7 +696,7 @@ def main(argv=None):
                                                          args.teacher_denoise_steps, args.cfg)
                 grad_distill = args.distill_weight * torch.autograd.grad(loss_distill, leaf)[0]
                 run.add(loss_distill=loss_distill.detach())
-            # The student: both gradients at its images, to be watched there, then one pass.
+            # Eq. 1: both gradients at the student's images, to be watched there, then one pass.
             x_hat.backward((grad_adv + grad_distill) / args.accumulate)
             del x_hat, fake
             run.add(grad_adv=norm(grad_adv), grad_distill=norm(grad_distill),

@@ -4,20 +4,23 @@ A diffusion model is the teacher of a generator that needs one call (or a few). 
 images should be distributed as the teacher's; a second diffusion model, the fake score, follows
 them, and where the two denoise an image differently, the image should move:
 
-    dL/dtheta = E[(D_fake(x_t) - D_real(x_t)) / mean|x0 - D_real(x_t)| dG/dtheta]
+    dL/dtheta = E[(mu_fake(x_t) - mu_real(x_t)) / mean|x0 - mu_real(x_t)| dG/dtheta]
               + w_g d softplus(-l(x_t))/dtheta
-    L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |D_fake(x_t) - x0|^2]
+    L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |mu_fake(x_t) - x0|^2]
               + w_d (softplus(l(x_t)) + softplus(-l(x_t_real)))
 
-with x0 = G(z), x_t = x0 + sigma eps: Eq. 2 (a score is held as its denoiser D, Eq. 1) with DMD's
-normaliser (2311.18828, Eq. 8), and the GAN of Eq. 4, whose logit l is a head on the fake score's
-encoder. (Eq. 4 prints -log D for the second term; the official code and this file have softplus.)
-Five updates of the fake score (--fake-updates) go with each of the generator: two time-scales.
+with x0 = G(z), x_t = x0 + sigma eps, means over pixels too, w_g = --gan-weight, w_d =
+--disc-weight: Eq. 2 (a score is held as its denoiser mu, Eq. 1) with DMD's normaliser (2311.18828,
+Eq. 8), and the GAN of Eq. 4, whose logit l is a head on the fake score's encoder. (Eq. 4, where D
+is the discriminator, prints -log D for the second term; the official code and this file have
+softplus.) Five updates of the fake score (--fake-updates; on `shapes` 2) go with each of the
+generator: two time-scales (section 4.2, TTUR).
 
 Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
-two beginning as the teacher. (80 is --start-sigma.) A generator of several calls sees in each its
-own image of the call before, noised: backward simulation (section 4.5, `simulated`).
+two beginning as the teacher. (80 is --start-sigma; on `shapes` 10.) A generator of several calls
+sees in each its own image of the call before, noised: backward simulation (section 4.5,
+`simulated`).
 
     python dmd2.py --steps 1                          # coloured shapes, on a CPU: 17 minutes
     python dmd2.py --steps 4 --teacher runs/dmd2-shapes --lr 1e-4 --pairs-iters 3000 --iters 2000
@@ -28,7 +31,9 @@ Departs from the paper in:
     teacher's and the pairs' decay to zero, the generator's to a tenth, the fake score's stays.
     Generator and discriminator circle, the weights' mean is the centre, and where the fake score's
     rate falls too, the circle slows down and leaves it (`shapes`, 2500 updates: FD-random 0.037
-    against 0.026). Adam's betas are 0 (teacher and pairs: 0.9) and 0.99, gradients are clipped;
+    against 0.026). Adam's betas are 0 (teacher and pairs: 0.9) and 0.99 (official: 0.9, 0.999),
+    gradients are clipped at a norm of 1 (official: 10). The scale that divides Eq. 2 is at least
+    1e-6 (official: no bound, and NaNs become 0);
   * on `shapes`, where a training is minutes, the teacher's ln sigma is N(0, 1.8^2): N(-1.2, 1.2^2)
     is hardly ever where shapes are decided. The generator is called at sigma 10, where the teacher
     already draws (at 80: a mean image; the paper's one-step SDXL is called at 399 of 1000). Levels
@@ -160,10 +165,11 @@ def method_options(add):
     add("--fake-updates", type=int, help="fake-score updates to one of the generator")
     add("--fake-lr", type=float, help="the fake score's peak learning rate")
     add("--dm-weight", type=float, default=1.0, help="of the distribution matching gradient")
-    add("--gan-weight", type=float, help="of the generator's GAN loss; 0: no GAN")
+    add("--gan-weight", type=float, help="of the generator's GAN loss, w_g; 0: no GAN")
     add("--gan-cap", type=float, help="bound of the GAN's gradient at the images, in norms of "
         "distribution matching's; 0: none")
-    add("--disc-weight", type=float, default=0.01, help="of the discriminator in L_fake")
+    add("--disc-weight", type=float, default=0.01, help="of the discriminator in L_fake, "
+        "w_d (0.01 is the official code's; the paper does not say)")
     add("--disc-maps", type=int, help="how many of the encoder's maps it sees, from the deepest; "
         "0: all")
     add("--dm-levels", type=shares, help="part of the table of noise levels that the generator's "
@@ -226,7 +232,7 @@ def check_method(args):
                         "from; give one of them or --regression")
 
 
-# ---- noise levels --------------------------------------------------------------------------------
+# ---- schedule: noise levels ----------------------------------------------------------------------
 
 def karras(n, start=SIGMA_MAX):
     """n noise levels, ascending from 0.002 to `start` [n] (EDM Eq. 5)."""
@@ -235,13 +241,14 @@ def karras(n, start=SIGMA_MAX):
     return (high + down * (low - high)) ** RHO
 
 
-def taus(steps, start=SIGMA_MAX):
-    """The levels at which a generator of so many steps is called: `start`, then evenly down SDXL's
-    table (official code: 999, 749, 499, 249 of 1000 for four), in units of the data's deviation."""
-    alpha = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, LEVELS, dtype=torch.float64) ** 2
-             ).cumprod(0)
-    table = SIGMA_DATA * ((1 - alpha) / alpha).sqrt()       # those four: 7.3, 2.0, 0.81, 0.35
-    n = int((table < start).sum())                          # levels below it
+def call_levels(steps, start=SIGMA_MAX):
+    """The levels at which a generator of so many steps is called, falling (section 4.4): `start`,
+    then evenly down SDXL's table (official code: 999, 749, 499, 249 of 1000 for four), in units of
+    the data's deviation."""
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = (1 - betas).cumprod(0)
+    table = SIGMA_DATA * ((1 - alpha_bar) / alpha_bar).sqrt()   # those four: 7.3, 2.0, 0.81, 0.35
+    n = int((table < start).sum())                              # levels below it
     return [float(start)] + [float(table[n - 1 - k * n // steps]) for k in range(1, steps)]
 
 
@@ -252,16 +259,17 @@ def draw_levels(table, part, n):
 
 
 def draw_calls(n, calls):
-    """Which of its calls the generator makes for each of n images [n] int64, on the CPU: in blocks
-    of one size, to one image, the first of a random call; so each of `slices` has all calls."""
+    """Which of its calls the generator makes for each of n images [n] int64, on the CPU: a block
+    of n / calls for each, in turn from a random one, so that all of `slices` have all calls."""
     return (torch.arange(n) * calls // n + torch.randint(calls, ())) % calls
 
 
 # ---- the networks --------------------------------------------------------------------------------
 
-class EDM(nn.Module):
-    """D(x, sigma, y) = c_skip x + c_out F(c_in x, c_noise, y): the image expected behind
-    x = x0 + sigma eps (EDM Eq. 7). `encode` and `decode` are its two halves."""
+class Denoiser(nn.Module):
+    """mu(x, sigma, y) = c_skip x + c_out net(c_in x, c_noise, y): the image expected behind
+    x = x0 + sigma eps [B, 3, R, R], of sigma [B] in 0.002 .. 80 (EDM Eq. 7, its D). `encode` gives
+    the features, a map [B, C, H, W] of each stage, and `decode` what comes of them."""
 
     def __init__(self, net):
         super().__init__()
@@ -269,7 +277,7 @@ class EDM(nn.Module):
 
     def encode(self, x, sigma, y):
         c_in = (sigma ** 2 + SIGMA_DATA ** 2).rsqrt()
-        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)  # expand: [B, 1, 1, 1]
+        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)      # [B, 1, 1, 1]
 
     def decode(self, features, x, sigma, y):
         variance = sigma ** 2 + SIGMA_DATA ** 2
@@ -281,8 +289,9 @@ class EDM(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits [B, P] from the features of the fake score's encoder: one of the whole image from its
-    deepest map, and of places, from the maps above it. All maps weigh the same in a mean.
+    """Logits [B, P] from the features of the fake score's encoder (section 4.3): one of the whole
+    image from its deepest map, and P of places, from the maps above it. All maps weigh the same in
+    a mean.
 
     channels: of the encoder's stages. side: of the deepest map. maps: how many are judged; 0: all.
     """
@@ -295,7 +304,7 @@ class Discriminator(nn.Module):
             return nn.Sequential(*down, nn.SiLU(), *whole, nn.Conv2d(c, 1, 1))
 
         c = channels[-1]
-        self.heads = nn.ModuleList(map(head, channels[-maps:-1]))
+        self.heads = nn.ModuleList(map(head, channels[-maps:-1]))           # [-0:-1]: all above
         self.heads.append(head(c, nn.Conv2d(c, c, side // 2), nn.GroupNorm(max(1, c // 16), c),
                                nn.SiLU()))
 
@@ -307,16 +316,17 @@ class Discriminator(nn.Module):
 
 
 # ---- losses --------------------------------------------------------------------------------------
-# Networks, "scores" too, are denoisers (x, sigma, y) -> images; x0, real, eps [B, 3, R, R];
-# sigma, y [B]; of a label of None, the null class's.
+# Networks, "scores" too, are denoisers (x, sigma, y) -> images mu; x0 (generated, but the teacher's
+# in its own training), real, eps [B, 3, R, R]; sigma [B], y [B] int64, a label of None is the null
+# class. Losses are means over batch and pixels: scalars.
 
-def guided(D, x, sigma, y, cfg_scale=1.0):
-    """The teacher with classifier-free guidance; 1: off."""
-    x0 = D(x, sigma, y)
+def guided(teacher, x, sigma, y, cfg_scale=1.0):
+    """mu of the teacher with classifier-free guidance; 1: off."""
+    mu = teacher(x, sigma, y)
     if cfg_scale == 1:
-        return x0
-    x0_null = D(x, sigma, None)
-    return x0_null + cfg_scale * (x0 - x0_null)
+        return mu
+    mu_null = teacher(x, sigma, None)
+    return mu_null + cfg_scale * (mu - mu_null)
 
 
 def weighted_error(denoised, x0, sigma):
@@ -324,27 +334,27 @@ def weighted_error(denoised, x0, sigma):
     return (expand(sigma ** -2 + SIGMA_DATA ** -2) * (denoised - x0) ** 2).mean()
 
 
-def denoising_loss(D, x0, sigma, eps, y):
+def denoising_loss(net, x0, sigma, eps, y):
     """EDM Eq. 2: of the teacher on real images, of the fake score (without GAN) on generated."""
-    return weighted_error(D(x0 + expand(sigma) * eps, sigma, y), x0, sigma)
+    return weighted_error(net(x0 + expand(sigma) * eps, sigma, y), x0, sigma)
 
 
-def dm_gradient(x0, x0_real, x0_fake):
-    """The gradient of Eq. 2 at an image, from what the two denoisers make of its noised self.
+def dm_gradient(x0, mu_real, mu_fake):
+    """The gradient of Eq. 2 at an image [B, 3, R, R], from what the two denoisers make of its
+    noised self.
 
-    With s = (D - x_t) / sigma^2 (Eq. 1), s_fake - s_real is this up to a factor, which DMD's
+    With s = (mu - x_t) / sigma^2 (Eq. 1), s_fake - s_real is this up to a factor, which DMD's
     normaliser (2311.18828, Eq. 8) takes out: what is left is of order one at every sigma.
-    (Official: no lower bound of the scale.)
     """
-    scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
-    return (x0_fake - x0_real) / scale
+    scale = (x0 - mu_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)     # DMD's Eq. 8
+    return (mu_fake - mu_real) / scale                                              # Eq. 2, 1
 
 
 def generator_losses(real_score, fake_score, disc, x0, sigma, eps, y, dm=True, gan=True):
     """-> the loss whose gradient at the generator's images x0 is Eq. 2, and the GAN's (Eq. 4).
 
     Both denoisers see the same x_t, without gradient; the logit reuses the fake score's encoder.
-    dm, gan: what is not wanted is not computed, and 0.
+    dm, gan: a loss that is not wanted is 0.
     """
     x_t = x0 + expand(sigma) * eps
     loss_dm, loss_gan = 0 * x0.sum(), 0 * x0.sum()
@@ -352,16 +362,17 @@ def generator_losses(real_score, fake_score, disc, x0, sigma, eps, y, dm=True, g
         features = fake_score.encode(x_t, sigma, y)
     if dm:
         with torch.no_grad():
-            x0_real, x0_fake = real_score(x_t, sigma, y), fake_score.decode(features, x_t, sigma, y)
-            target = x0 - dm_gradient(x0, x0_real, x0_fake)
+            mu_real, mu_fake = real_score(x_t, sigma, y), fake_score.decode(features, x_t, sigma, y)
+            target = x0 - dm_gradient(x0, mu_real, mu_fake)
         loss_dm = 0.5 * (x0 - target).square().mean()       # the gradient: dm_gradient / elements
     if gan:
-        loss_gan = F.softplus(-disc(features)).mean()
+        loss_gan = F.softplus(-disc(features)).mean()       # Eq. 4
     return loss_dm, loss_gan
 
 
 def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
-    """-> the fake score's denoising loss on images x0 of the generator, and its discriminator's.
+    """-> the fake score's denoising loss on images x0 of the generator, and its discriminator's
+    (Eq. 4).
 
     sigma, eps, y [2B]: for the fake, then for the real images. The encoder sees both at once; its
     features of the fake ones go on to be denoised and judged.
@@ -376,7 +387,8 @@ def fake_score_losses(fake_score, disc, x0, real, sigma, eps, y):
 
 
 def regression_loss(G, x_t, sigma, y, x0):
-    """Eq. 3, of DMD (2311.18828): the generator's images against the teacher's of one noise."""
+    """Eq. 3, DMD's regression loss (2311.18828), which DMD2 leaves out: the generator's images
+    against the teacher's of one noise."""
     return (G(x_t, sigma, y) - x0).square().mean()
 
 
@@ -387,7 +399,7 @@ def simulated(G, noise, y, k, taus):
     call k - 1, noised afresh; call 0 sees noise. The sampler is the same lines.
 
     noise: callable -> fresh unit noise [B, 3, R, R]. k [B] int64, on the CPU: images may be at
-    different calls.
+    different calls. taus: the levels of all calls, falling.
     """
     x = taus[0] * noise()
     for i in range(int(k.max())):
@@ -397,10 +409,10 @@ def simulated(G, noise, y, k, taus):
     return x                                                                    # [B, 3, R, R]
 
 
-def given(x0, k, eps, taus):
-    """What the calls k [B] see where images are given to them and not `simulated`: these, noised;
-    call 0, noise alone. taus [calls]: a tensor, as all the rest is on the images' device."""
-    return expand(k > 0) * x0 + expand(taus[k]) * eps                           # [B, 3, R, R]
+def noised_for_call(x0, k, eps, tau_of):
+    """What the calls k [B] see of images that are given and not `simulated`: these, noised; call 0,
+    noise alone. tau_of [calls]: the calls' levels, a tensor, on the images' device as k is."""
+    return expand(k > 0) * x0 + expand(tau_of[k]) * eps                         # [B, 3, R, R]
 
 
 @torch.no_grad()
@@ -411,15 +423,16 @@ def sample(G, noise, y, taus):
 
 
 @torch.no_grad()
-def heun(D, z, y, steps, start=SIGMA_MAX):
+def heun(teacher, z, y, steps, start=SIGMA_MAX):
     """The teacher's sampler: EDM Algorithm 1 from unit noise z [B, 3, R, R], 2 steps - 1 calls."""
     sigmas = [*karras(steps, start).tolist()[::-1], 0.0]
-    x, level = sigmas[0] * z, lambda sigma: torch.full(y.shape, sigma, device=z.device)
+    level = lambda sigma: torch.full(y.shape, sigma, device=z.device)           # [B]
+    x = sigmas[0] * z
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        slope = (x - D(x, level(sigma), y)) / sigma
+        slope = (x - teacher(x, level(sigma), y)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next:
-            slope_next = (x_next - D(x_next, level(sigma_next), y)) / sigma_next
+            slope_next = (x_next - teacher(x_next, level(sigma_next), y)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x
@@ -468,8 +481,8 @@ def load_teacher(folder, teacher_ema, run, nulls):
 
 def teacher_pairs(run, generate, num_classes, begins):
     """DMD's pairs: noise z and labels [N], and what the teacher's deterministic sampler makes of
-    them, from the level where the generator begins. Computed when first needed, and kept in the
-    run's folder."""
+    them, x0 in [-1, 1], from the level where the generator begins. Computed when first needed, and
+    kept in the run's folder."""
     n, path = run.args.pairs, run.folder / "pairs.npz"
     y = (torch.arange(n) % max(1, num_classes)).to(run.device)
     z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
@@ -483,12 +496,12 @@ def teacher_pairs(run, generate, num_classes, begins):
     return z, y, from_uint8(x0).to(run.device)
 
 
-def draw(run, generator, real_score, fake_score, y, tau, name):
+def draw(run, generator, real_score, fake_score, y, taus, name):
     """A picture of the training so far, of fixed noise: the generator's images (without EMA, as
     the fake score follows it), and what the teacher and the fake score make of them once noised
     to sigma = 2."""
     y, noise = y.to(run.device), noise_of(range(10), run.args, run.device)
-    x0 = sample(generator, noise, y, tau)
+    x0 = sample(generator, noise, y, taus)
     sigma = torch.full((10,), 2.0, device=run.device)
     x_t = x0 + expand(sigma) * noise()
     with torch.no_grad():
@@ -510,10 +523,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     sets = args.train_steps if args.tell_call else 1        # of labels, that the fake score knows
     teacher, generator, fake_score = (
-        EDM(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, last,
-                 dropout=args.dropout, checkpoint=args.checkpoint_activations))
+        Denoiser(UNet(args.resolution, args.channels, args.mult, args.blocks, args.attention, null,
+                      dropout=args.dropout, checkpoint=args.checkpoint_activations))
         .to(device, memory_format=torch.channels_last)
-        for last in (null_class, null_class, sets * (null_class + 1) - 1))
+        for null in (null_class, null_class, sets * (null_class + 1) - 1))
     disc = Discriminator([args.channels * m for m in args.mult],
                          args.resolution >> len(args.mult) - 1, args.disc_maps)
     disc.to(device, memory_format=torch.channels_last)
@@ -557,7 +570,7 @@ def main(argv=None):
 
     def real_score(x, sigma, y):
         y = y % (null_class + 1)                            # the class alone, if `told` the call
-        return guided(teacher_ema, x, sigma, y, args.cfg)
+        return guided(teacher_ema.module, x, sigma, y, args.cfg)
 
     def told(y, k):
         """The fake score's labels: it has a set of them for each call of the generator. (Those of a
@@ -571,7 +584,7 @@ def main(argv=None):
     def sampler(G):
         def generate(noise, y, steps):
             with autocast:
-                return sample(G, noise, y, taus(steps, args.start_sigma))
+                return sample(G, noise, y, call_levels(steps, args.start_sigma))
         return generate
 
     # Phase 1: the teacher.
@@ -600,23 +613,24 @@ def main(argv=None):
             "net.embed_label.weight", "net.label_map.weight")})
 
     table = karras(LEVELS).float().to(device)
-    tau = taus(args.train_steps, args.start_sigma)
-    tau_of = torch.tensor(tau, device=device)
+    taus = call_levels(args.train_steps, args.start_sigma)
+    tau_of = torch.tensor(taus, device=device)
     if trains and (args.regression or run.step < begin):
-        pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, tau[0]), null_class,
+        pairs = teacher_pairs(run, lambda noise, y: teach(noise, y, 8, taus[0]), null_class,
                               run.step == taught)
 
-    def regression_batch(i, call, eps):
-        """What the generator's calls see of the pairs i [B], and what they should make of it: the
+    def regression_batch(j, call, eps):
+        """What the generator's calls see of the pairs j [B], and what they should make of it: the
         first call sees the pair's noise, later ones the teacher's image, noised by eps."""
-        z, y, x0 = (t[i] for t in pairs)
-        return given(x0, call, torch.where(expand(call > 0), eps, z), tau_of), tau_of[call], y, x0
+        z, y, x0 = (t[j] for t in pairs)
+        x_t = noised_for_call(x0, call, torch.where(expand(call > 0), eps, z), tau_of)
+        return x_t, tau_of[call], y, x0
 
     # Phase 2: a short regression, so that the generator begins where the teacher's sampler ends.
     for step in run.steps(begin, "pairs", args.batch):
-        i = torch.randint(args.pairs, (args.batch,), device=device)
+        j = torch.randint(args.pairs, (args.batch,), device=device)
         call = draw_calls(args.batch, args.train_steps).to(device, non_blocking=True)
-        batch = regression_batch(i, call, torch.randn_like(pairs[0][i]))
+        batch = regression_batch(j, call, torch.randn_like(pairs[0][j]))
         for rows in slices(args):
             with autocast:
                 loss = regression_loss(generator, *(v[rows] for v in batch))
@@ -625,14 +639,14 @@ def main(argv=None):
         run.add(grad_norm=update(opt_pairs, schedule_pairs))
 
     # Phase 3: the distillation. A step is one update of the generator and --fake-updates of the
-    # fake score.
+    # fake score (4.2, TTUR).
     for step in run.steps(end, "distillation", args.batch * args.fake_updates):
         for i in range(args.fake_updates):
             real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
             k = draw_calls(len(y), args.train_steps)        # on the CPU, so that none waits for it
             call = k.to(device, non_blocking=True)
-            y_fake = told(y, call)
+            y_told = told(y, call)
             z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
             if i == 0:
                 sigma, eps = draw_levels(table, args.dm_levels, len(y)), noise()
@@ -640,16 +654,16 @@ def main(argv=None):
                     j = torch.randint(args.pairs, y.shape, device=device)
                     batch = regression_batch(j, call, noise())
             # [2, B, ...]: of the generated, then of the real images.
-            sigma_fake = draw_levels(table, args.fake_levels, 2 * len(y)).view(2, -1)
-            eps_fake = torch.randn_like(torch.stack([real, real]))
+            sigma_both = draw_levels(table, args.fake_levels, 2 * len(y)).view(2, -1)
+            eps_both = torch.randn_like(torch.stack([real, real]))
             generated = []
             for rows in slices(args):
                 draws = iter(z)
                 with torch.no_grad(), autocast:
                     if args.backward_simulation:
-                        x = simulated(generator, lambda: next(draws)[rows], y[rows], k[rows], tau)
+                        x = simulated(generator, lambda: next(draws)[rows], y[rows], k[rows], taus)
                     else:
-                        x = given(real[rows], call[rows], z[0][rows], tau_of)
+                        x = noised_for_call(real[rows], call[rows], z[0][rows], tau_of)
                 with torch.set_grad_enabled(i == 0), autocast:
                     x0 = generator(x, tau_of[call[rows]], y[rows])
                 generated.append(x0.detach())
@@ -658,7 +672,7 @@ def main(argv=None):
                 leaf = x0.detach().requires_grad_()
                 with autocast:
                     loss_dm, loss_gan = generator_losses(
-                        real_score, fake_score, disc, leaf, sigma[rows], eps[rows], y_fake[rows],
+                        real_score, fake_score, disc, leaf, sigma[rows], eps[rows], y_told[rows],
                         args.dm_weight > 0, args.gan_weight > 0)
                 # Both at the image, to be weighed and watched there, then one pass through G. (At
                 # first the fake score is the teacher: grad_dm is 0 and, by the cap, grad_gan.)
@@ -683,12 +697,12 @@ def main(argv=None):
                 with autocast:
                     if args.gan_weight:
                         loss_fake, loss_disc = fake_score_losses(
-                            fake_score, disc, x0, real[rows], sigma_fake[:, rows].flatten(),
-                            eps_fake[:, rows].flatten(0, 1), y_fake[rows].repeat(2))
+                            fake_score, disc, x0, real[rows], sigma_both[:, rows].flatten(),
+                            eps_both[:, rows].flatten(0, 1), y_told[rows].repeat(2))
                         run.add(loss_disc=loss_disc.detach())
                     else:
                         loss_fake, loss_disc = denoising_loss(
-                            fake_score, x0, sigma_fake[0, rows], eps_fake[0, rows], y_fake[rows]), 0
+                            fake_score, x0, sigma_both[0, rows], eps_both[0, rows], y_told[rows]), 0
                 ((loss_fake + args.disc_weight * loss_disc) / args.accumulate).backward()
                 run.add(loss_fake=loss_fake.detach())
             run.add(grad_norm_fake=update(opt_fake))
@@ -698,17 +712,17 @@ def main(argv=None):
         if done % max(1, args.iters // 10) == 0:
             fake_of_last = lambda x, sigma, y: fake_score(x, sigma, told(y, args.train_steps - 1))
             with autocast:
-                draw(run, generator, real_score, fake_of_last, scorer.columns, tau,
+                draw(run, generator, real_score, fake_of_last, scorer.columns, taus,
                      f"progress/{step + 1:07d}.png")
         if args.score_every and done % args.score_every == 0 and done < args.iters:
-            evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema",
+            evaluate(run, scorer, sampler(generator_ema.module), args.steps, "generator ema",
                      f"progress/{step + 1:07d}")
 
     if teacher_steps:
         evaluate(run, scorer, teach, [teacher_steps], "teacher ema", "teacher",
                  lambda n: (2 * n - 1) * (1 if args.cfg == 1 else 2))
     evaluate(run, scorer, sampler(generator), args.steps, "generator", "raw")
-    evaluate(run, scorer, sampler(generator_ema), args.steps, "generator ema")
+    evaluate(run, scorer, sampler(generator_ema.module), args.steps, "generator ema")
 
 
 # ---- common: arguments ---------------------------------------------------------------------------

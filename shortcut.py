@@ -5,11 +5,11 @@ One network, one training. s(x_t, t, d) is the velocity of a jump of length d, a
     L = |s(x_t, t, d) - (x_1 - x_0)|^2    at the finest d = 1/128: flow matching
       + |s(x_t, t, 2d) - sg[s(x_t, t, d) + s(x'_{t+d}, t+d, d)] / 2|^2    self-consistency (Eq. 5)
 
-averaged over a batch, a share k of whose rows are of the second kind.
+averaged over pixels and a batch, a share k of whose rows are of the second kind.
 
 Time runs from noise to data: x_0 is noise, x_1 the image, x_t = (1 - t) x_0 + t x_1.
 
-    python shortcut.py --steps 1                      # coloured shapes, on a CPU: nine minutes
+    python shortcut.py --steps 1                      # coloured shapes, on a CPU: 9 minutes
     python shortcut.py --data cifar10 --steps 1,4     # on a GPU
     python shortcut.py --k 0 --out runs/flow          # flow matching, the baseline, from this file
 
@@ -20,8 +20,9 @@ Departs from the paper in:
     the network is told -log2(d) / 7;
   * every batch size trains every length: a batch's lengths are dealt in turn from a random start
     (the official code gives small batches nothing but d = 1);
-  * the learning rate warms up and decays to zero, Adam's second beta is 0.99,
-    gradients are clipped;
+  * everything is small; the learning rate is 5 to 50 times the official 1e-4, warms up and decays
+    to zero (official: constant), Adam's second beta is 0.99 (official: 0.999), gradients are
+    clipped at a norm of 1 (official: not), and on `shapes` the EMA's decay is 0.995, not 0.999;
   * on `shapes`, where a training is minutes, the targets are of the network itself, not of the EMA
     of its weights (--ema-targets): each of the eight lengths learns from the one below, one after
     the other, and behind a mean over the last 200 updates all of them lag (FD-random in one call,
@@ -112,7 +113,7 @@ def check_method(args):
                         "--label-dropout above 0")
 
 
-# ---- times and lengths ---------------------------------------------------------------------------
+# ---- schedule: times and lengths -----------------------------------------------------------------
 
 def draw_t_d(batch, k, device="cpu"):
     """Times t and lengths d [batch], and n: the first n rows are self-consistency, k on average.
@@ -137,6 +138,8 @@ class Shortcut(nn.Module):
     is the best linear guess of x_1 - x_0 and c_out the deviation of what is left, so the network's
     flow target has variance one at every t. At t = 0, s = a net - x_0: one step gives the image
     x_1 = a net, which no noise had to pass through.
+
+    x [B, 3, R, R]; t in [0, 1] and d in [1/128, 1], both [B]; y [B] int64, None: the null class.
     """
 
     def __init__(self, net, a=0.5):
@@ -144,16 +147,18 @@ class Shortcut(nn.Module):
         self.net, self.a = net, a
 
     def forward(self, x, t, d, y):
-        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()             # expand: [B, 1, 1, 1]
+        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()                 # [B, 1, 1, 1]
         c_skip = (expand(t) * (1 + self.a ** 2) - 1) / S ** 2
         return c_skip * x + self.a / S * self.net(x / S, t, d.log2() / -LEVELS, y)
 
 
 # ---- losses --------------------------------------------------------------------------------------
+# s, s_target: callables (x, t, d, y) -> velocity. x_0 noise, x_1 images in [-1, 1], x and x_t
+# between them, all [B, 3, R, R]; t, d [B], y [B] int64, a label of None is the null class.
 
 def guided(s, x, t, d, y, cfg_scale=1.0):
-    """Classifier-free guidance, at the finest length; longer jumps learn it from there, and the
-    null pass of their rows is not used. A scale of 1: off."""
+    """The velocity with classifier-free guidance, at the finest length; longer jumps learn it from
+    there, and the null pass of their rows is not used. A scale of 1: off."""
     v = s(x, t, d, y)
     if cfg_scale == 1:
         return v
@@ -172,19 +177,17 @@ def self_consistency_target(s, x_t, t, d, y, cfg_scale=1.0):
 
 
 def shortcut_loss(s, s_target, x_0, x_1, t, d, n, y, cfg_scale=1.0):
-    """Eq. 5, as one mean over the batch.
+    """Eq. 5, as one mean over the batch -> the scalar loss, and the parts of it that the batch has.
 
-    s, s_target: callables (x, t, d, y) -> velocity, of a label of None the null class's; the second
-    makes the targets. x_0 noise, x_1 images in [-1, 1], both [B, 3, R, R]; t, d, y [B], of which
-    the first n rows have self-consistency targets: their d is the paper's 2d.
-    Returns the scalar loss, and the parts of it that the batch has.
+    s_target makes the targets. The first n rows have those of self-consistency: their d is the
+    paper's 2d.
     """
     x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
     target = x_1 - x_0                                      # Eq. 2
     if n:
         target[:n] = self_consistency_target(s_target, x_t[:n], t[:n], d[:n] / 2, y[:n],
                                              cfg_scale)
-    error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))             # [B]
+    error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))             # Eq. 5, [B]
     parts = dict(loss_flow=error[n:], loss_shortcut=error[:n])
     return error.mean(), {name: e.mean().detach() for name, e in parts.items() if len(e)}
 
@@ -248,8 +251,10 @@ def main(argv=None):
 
     def own(x, t, d, y):
         s.eval()                                            # no dropout in a target
-        # Weights that autocast casts here, without a gradient, must not serve the pass with one.
-        with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", False):
+        # Of the cache: these bf16 copies of the weights, without a gradient, must not serve the
+        # pass that has one.
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16",
+                            cache_enabled=False):
             v = s(x, t, d, y)
         s.train()
         return v

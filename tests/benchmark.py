@@ -182,8 +182,8 @@ def generator_losses_apart(real_score, fake_score, disc, x0, sigma, eps, y, dm=T
     """As the official code does: the logit has a noise and a pass of its own."""
     x_t = x0 + dmd2.expand(sigma) * eps
     with torch.no_grad():
-        x0_real, x0_fake = real_score(x_t, sigma, y), fake_score(x_t, sigma, y)
-        target = x0 - dmd2.dm_gradient(x0, x0_real, x0_fake)
+        mu_real, mu_fake = real_score(x_t, sigma, y), fake_score(x_t, sigma, y)
+        target = x0 - dmd2.dm_gradient(x0, mu_real, mu_fake)
     x_t = x0 + dmd2.expand(sigma) * torch.randn_like(x0)
     loss_gan = F.softplus(-disc(fake_score.encode(x_t, sigma, y))).mean()
     return 0.5 * (x0 - target).square().mean(), loss_gan

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 import dmd2
 import fid
 from conftest import assert_same
-from dmd2 import (EDM, Discriminator, fake_score_losses, generator_losses, guided, heun, karras,
-                  sample, dm_gradient, simulated, taus, denoising_loss, weighted_error)
+from dmd2 import (Denoiser, Discriminator, call_levels, denoising_loss, dm_gradient,
+                  fake_score_losses, generator_losses, guided, heun, karras, sample, simulated,
+                  weighted_error)
 from nets import UNet
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -49,7 +50,8 @@ head = lambda features: 3 * features[-1].mean((1, 2, 3)) + 0.2
 
 def test_noise_levels_are_the_official_table():
     assert_close(karras(1000).float(), DMD2["karras_sigmas"], rtol=1e-5, atol=0)
-    assert taus(1) == [80] and taus(2) == taus(4)[::2] and len(taus(3)) == 3
+    assert call_levels(1) == [80] and len(call_levels(3)) == 3
+    assert call_levels(2) == call_levels(4)[::2]
 
 
 def test_calls_are_at_the_levels_of_sdxl():
@@ -60,15 +62,15 @@ def test_calls_are_at_the_levels_of_sdxl():
         alpha *= 1 - (0.00085 ** 0.5 + i / 999 * (0.012 ** 0.5 - 0.00085 ** 0.5)) ** 2
         sigmas.append(math.sqrt((1 - alpha) / alpha))
     assert sigmas[-1] == approx(14.6146, rel=1e-5)
-    assert taus(4) == approx([80, *(0.5 * sigmas[i] for i in (749, 499, 249))], rel=1e-9)
-    assert taus(4, 10.) == [10., *taus(4)[1:]]
+    assert call_levels(4) == approx([80, *(0.5 * sigmas[i] for i in (749, 499, 249))], rel=1e-9)
+    assert call_levels(4, 10.) == [10., *call_levels(4)[1:]]
     for start in 0.11, 1., 10., 80.:
         for steps in range(1, 17):
-            levels = taus(steps, start)
+            levels = call_levels(steps, start)
             assert levels[0] == start and levels == sorted({*levels}, reverse=True)
-            assert all(taus(n, start) == levels[::steps // n] for n in range(1, steps + 1)
+            assert all(call_levels(n, start) == levels[::steps // n] for n in range(1, steps + 1)
                        if steps % n == 0 and start > 7.4)
-    low = taus(4, 1.)                                       # what begins lower goes down from there
+    low = call_levels(4, 1.)                                # what begins lower goes down from there
     n = sum(0.5 * sigma < 1 for sigma in sigmas)
     assert low == approx([1, *(0.5 * sigmas[n - 1 - k * n // 4] for k in (1, 2, 3))], rel=1e-9)
 
@@ -116,7 +118,7 @@ class Tanh(torch.nn.Module):
 
 
 def test_preconditioning_and_the_teachers_loss_are_edms():
-    D, y = EDM(Tanh()), torch.zeros(5, dtype=torch.long)
+    D, y = Denoiser(Tanh()), torch.zeros(5, dtype=torch.long)
     assert_close(D(EDMS["precond_x"], EDMS["precond_sigma"], y), EDMS["precond_D"], rtol=1e-4,
                  atol=1e-6)
     sigma = (-1.2 + 1.2 * EDMS["loss_rnd_normal"].flatten()).exp()
@@ -134,7 +136,7 @@ def test_the_teachers_sampler_is_edms():
         calls = []
         assert_close(heun(counted, z, y, steps), EDMS[f"heun_{steps}"], rtol=1e-6, atol=1e-8)
         assert len(calls) == 2 * steps - 1
-    stub = EDM(Tanh())
+    stub = Denoiser(Tanh())
     assert_close(heun(lambda x, sigma, y: stub(x, sigma.double(), y), z, y, 18),
                  EDMS["heun_stub_18"], rtol=1e-6, atol=1e-8)
 
@@ -174,9 +176,9 @@ def test_the_gradient_is_that_of_the_kl_divergence_of_gaussians(sigma):
     z, y = torch.randn(n, 1, 1, 1, dtype=torch.float64), torch.zeros(n, dtype=torch.long)
     x0, level = m + s * z, torch.full((n,), sigma, dtype=torch.float64)
     x_t = x0 + sigma * torch.randn_like(x0)
-    x0_real, x0_fake = REAL(x_t, level, y), FAKE(x_t, level, y)
-    scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True)
-    unscaled = dm_gradient(x0, x0_real, x0_fake) * scale / sigma ** 2
+    mu_real, mu_fake = REAL(x_t, level, y), FAKE(x_t, level, y)
+    scale = (x0 - mu_real).abs().mean((1, 2, 3), keepdim=True)
+    unscaled = dm_gradient(x0, mu_real, mu_fake) * scale / sigma ** 2
     by_hand = ((m - m_r) / (s_r ** 2 + sigma ** 2),
                s / (s_r ** 2 + sigma ** 2) - s / (s ** 2 + sigma ** 2))
     for ours, exact in zip((unscaled, unscaled * z), by_hand):
@@ -217,7 +219,7 @@ def test_guidance_extrapolates_from_the_null_label():
 
 def awake(seed=0):
     torch.manual_seed(seed)
-    D = EDM(UNet(16, 16, (1, 2), (1, 1), num_classes=10)).eval()
+    D = Denoiser(UNet(16, 16, (1, 2), (1, 1), num_classes=10)).eval()
     torch.nn.init.normal_(D.net.conv_out.weight, std=.1)
     return D
 
@@ -271,7 +273,7 @@ def test_gradients_reach_what_they_should_and_nothing_else():
 
 def test_backward_simulation_sees_what_the_sampler_sees():
     """With the same noise, call k of the sampler has for its input what training gives call k."""
-    G, y, levels = awake(), torch.arange(3), taus(4)
+    G, y, levels = awake(), torch.arange(3), call_levels(4)
     draws = torch.randn(4, 3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     seen = []
     def recorded(x, sigma, y):
@@ -290,7 +292,8 @@ def test_backward_simulation_sees_what_the_sampler_sees():
         each = simulated(G, noise(), y, torch.tensor([3, 0, 2]), levels)    # a call for each image
         for i, k in enumerate((3, 0, 2)):
             assert_close(each[i], seen[k][0][i])
-    assert torch.equal(sample(G, noise(), y, taus(1)), G(80 * draws[0], torch.full((3,), 80.), y))
+    once = G(80 * draws[0], torch.full((3,), 80.), y)
+    assert torch.equal(sample(G, noise(), y, call_levels(1)), once)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -404,7 +407,7 @@ def test_pairs_are_the_teachers_whatever_is_drawn_later(small, monkeypatch, tmp_
     (z, y, x0), again = seen
     assert_same([*seen[0]], [*again])
     state = torch.load(tmp_path / "run" / "checkpoint.pt")["teacher_ema"]
-    D = EDM(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
+    D = Denoiser(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
     D.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
     by_hand = fid.from_uint8(fid.to_uint8(heun(D, z, y, 8, 80)))
     assert_close(x0, by_hand, atol=1.1 / 127.5, rtol=0)     # quantised
@@ -428,13 +431,13 @@ def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_
     the teacher."""
     seen, pairs, real = [], [], dmd2.teacher_pairs
     monkeypatch.setattr(dmd2, "teacher_pairs", lambda *a: pairs.extend(real(*a)) or pairs)
-    forward = EDM.forward
+    forward = Denoiser.forward
     def spy(self, x, sigma, y):
         x0 = forward(self, x, sigma, y)
         if x0.requires_grad and self.training is False:
             seen.append((x, sigma, y, x0.detach()))
         return x0
-    monkeypatch.setattr(EDM, "forward", spy)
+    monkeypatch.setattr(Denoiser, "forward", spy)
     losses, add = [], dmd2.Run.add
     monkeypatch.setattr(dmd2.Run, "add", lambda run, **scalars:
                         losses.append(scalars.get("loss_regression")) or add(run, **scalars))
@@ -453,7 +456,7 @@ def test_the_generator_begins_as_the_regression_left_it(small, monkeypatch, tmp_
     losses = [loss for loss in losses if loss is not None]
     assert len(losses) == 3 and len(seen) == 4              # the fourth: the distillation's call
     for (x, sigma, labels, x0), loss, eps in zip(seen[:3], losses, noises):
-        tau = torch.tensor(taus(calls, 10.))
+        tau = torch.tensor(call_levels(calls, 10.))
         k = (sigma[:, None] - tau).abs().argmin(1)
         assert k.bincount().tolist() == calls * [20 // calls]
         assert_close(sigma, tau[k])
@@ -564,7 +567,7 @@ def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path, 
         x = simulated(G, noise, y, k, tau)
         events.append(("simulated", k.tolist()))
         return x
-    def forward(self, x, sigma, y, real=EDM.forward):
+    def forward(self, x, sigma, y, real=Denoiser.forward):
         events.append(("called", sigma.tolist()))
         return real(self, x, sigma, y)
     def record(name, at):
@@ -574,7 +577,7 @@ def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path, 
             return real(*args)
         monkeypatch.setattr(dmd2, name, losses)
     monkeypatch.setattr(dmd2, "simulated", simulate)
-    monkeypatch.setattr(dmd2.EDM, "forward", forward)
+    monkeypatch.setattr(dmd2.Denoiser, "forward", forward)
     record("generator_losses", 4)
     record("fake_score_losses", 4)
     for name in "draw", "evaluate":
@@ -589,7 +592,7 @@ def test_levels_and_calls_are_those_of_the_method(small, monkeypatch, tmp_path, 
     assert len(pairs) == 80
     for k, sigma in pairs:
         assert sorted(k) == 8 * [0] + 8 * [1] + 8 * [2] + 8 * [3]
-        assert sigma == approx([taus(4, start)[n] for n in k], rel=1e-5)
+        assert sigma == approx([call_levels(4, start)[n] for n in k], rel=1e-5)
 
 
 @pytest.mark.parametrize("more, told", [([], True), (["--no-tell-call"], False),
@@ -598,13 +601,14 @@ def test_the_fake_score_is_told_the_call(small, monkeypatch, tmp_path, more, tol
     """It has labels of its own for each of the generator's four calls, which begin as the
     teacher's; its losses and the generator's of a call see those of this call."""
     levels, seen, checked = [], [], []
-    monkeypatch.setattr(dmd2.EDM, "forward", lambda self, x, sigma, y, real=EDM.forward: (
+    monkeypatch.setattr(dmd2.Denoiser, "forward", lambda self, x, sigma, y, real=Denoiser.forward: (
         levels.append(sigma), real(self, x, sigma, y))[1])
     for name in "generator_losses", "fake_score_losses":
         def losses(*args, real=getattr(dmd2, name), at=name == "generator_losses"):
             x, sigma, _, y = args[3:7]                      # for the fake score, only y is this
             if at:
-                G = levels[-1][:, None].sub(torch.tensor(taus(4))).abs().argmin(1)  # just drawn at
+                just = torch.tensor(call_levels(4))         # drawn at one of these
+                G = levels[-1][:, None].sub(just).abs().argmin(1)
                 seen.append((G, y))
             else:
                 assert torch.equal(y, seen[-1][1].repeat(2))        # of the one fake update
@@ -680,7 +684,7 @@ def test_the_ema_is_the_closed_form_and_is_what_is_scored(small, monkeypatch, tm
                "--teacher-ema", "0.2", "--lr", "1e-2"])
     state = torch.load(tmp_path / "run" / "checkpoint.pt")
     (t1, t2), (g1, g2, g3) = history[:2], history[2:]
-    G = EDM(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
+    G = Denoiser(UNet(16, 16, (1, 1), (1, 1), num_classes=10)).eval()
     for name in t1:
         ema = lambda key: state[key][f"module.{name}"]
         assert_close(ema("teacher_ema"), .2 * t1[name] + .8 * t2[name], atol=1e-6, rtol=0)
@@ -690,5 +694,6 @@ def test_the_ema_is_the_closed_form_and_is_what_is_scored(small, monkeypatch, tm
         G.load_state_dict({k.removeprefix("module."): v for k, v in state[key].items()
                            if k != "n_averaged"})
         images, args = scored[who]
-        assert_close(images, sample(G, dmd2.noise_of(range(4), args), torch.arange(4), taus(1)))
+        assert_close(images, sample(G, dmd2.noise_of(range(4), args), torch.arange(4),
+                                    call_levels(1)))
     assert scored.keys() == {"teacher ema", "generator", "generator ema"}

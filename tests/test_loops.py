@@ -150,12 +150,12 @@ def test_dmd2_learns_the_teacher_from_images_and_the_fake_score_from_generated(t
     for name, f in dict(denoising_loss=denoising, generator_losses=generators,
                         fake_score_losses=fakes).items():
         monkeypatch.setattr(dmd2, name, f)
-    seen, forward = [], dmd2.EDM.forward
+    seen, forward = [], dmd2.Denoiser.forward
     def watched(self, x, sigma, y):
         if torch.is_grad_enabled():                         # the generator, in its own update
             seen.append((x, sigma, y))
         return forward(self, x, sigma, y)
-    monkeypatch.setattr(dmd2.EDM, "forward", watched)
+    monkeypatch.setattr(dmd2.Denoiser, "forward", watched)
     dmd2.main([*TINY, *TEACHER, "--iters", "6", "--gan-weight", gan, "--disc-weight", "1", "--cfg",
                "2", "--label-dropout", "0.5", "--pairs-iters", "0", "--p-mean", "-3", "--p-std",
                "0.5", "--train-steps", "4", "--no-backward-simulation", "--fake-updates", "2",
