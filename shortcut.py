@@ -183,11 +183,12 @@ def shortcut_loss(s, s_target, x_0, x_1, t, d, n, y, cfg_scale=1.0):
     paper's 2d.
     """
     x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
+    v = s(x_t, t, d, y)         # first: of one network, the targets share its bf16 weights
     target = x_1 - x_0                                      # Eq. 2
     if n:
         target[:n] = self_consistency_target(s_target, x_t[:n], t[:n], d[:n] / 2, y[:n],
                                              cfg_scale)
-    error = (s(x_t, t, d, y) - target).square().mean((1, 2, 3))             # Eq. 5, [B]
+    error = (v - target).square().mean((1, 2, 3))           # Eq. 5, [B]
     parts = dict(loss_flow=error[n:], loss_shortcut=error[:n])
     return error.mean(), {name: e.mean().detach() for name, e in parts.items() if len(e)}
 
@@ -251,11 +252,7 @@ def main(argv=None):
 
     def own(x, t, d, y):
         s.eval()                                            # no dropout in a target
-        # Of the cache: these bf16 copies of the weights, without a gradient, must not serve the
-        # pass that has one.
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16",
-                            cache_enabled=False):
-            v = s(x, t, d, y)
+        v = s(x, t, d, y)
         s.train()
         return v
     s_target = s_ema if args.ema_targets else own
