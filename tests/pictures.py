@@ -212,7 +212,8 @@ def tables():
     """The rows of the ablations, in one call (in four, where it is about them); of two noises where
     that is what they differ in."""
     for table, (_, _, rows) in ablations.TABLES.items():
-        n, noises = 4 if table == "dmd2-steps" else 1, 2 if table == "add-target" else 1
+        n = 4 if table == "dmd2-steps" else 1
+        noises = 2 if table in ("add-target", "add-departures") else 1
         strip(table, [(textwrap.fill(name, 20) if noise == 0 else "another noise",
                        ablations.row_command(table, options, 0)[1] / f"samples-{n}step.png", noise)
                       for name, options, _ in rows for noise in range(noises)])
