@@ -12,7 +12,7 @@ denoises the student's image once it is noised afresh.
 Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. All networks
 predict v = alpha_t eps - sigma_t x0: of a predicted eps, no image could be had at t = 1000.
 
-    python add.py --steps 1                           # coloured shapes, on a CPU: 19 minutes
+    python add.py --steps 1                           # coloured shapes, on a CPU: 19 to 34 minutes
     python add.py --steps 1,2,4                       # the same run, sampled in up to four calls
     python add.py --data cifar10 --steps 1,4          # on a GPU
 
@@ -20,7 +20,7 @@ Departs from the paper in (its training code is not public, and it leaves much o
   * everything is small, in pixels, trained from scratch, teacher included; DDPM's linear betas;
   * the frozen feature network is by default the teacher's own encoder, which sees the images with
     some noise and the null label (LADD, 2403.12015), not DINOv2, which is a download;
-  * the heads see each channel of the features less its mean, in units of its deviation, over 1024
+  * the heads see each channel of the features less its mean, in fifths of its deviation, over 1024
     real images (`norms`), where StyleGAN-T's have a local batch norm. In the encoder's own units a
     weak teacher shows them little but the mean: on CIFAR-10, after 3000 updates of the teacher and
     700 of the student, one call painted stripes (FD-random of the weights as they are 2.74 in one
@@ -39,11 +39,11 @@ Departs from the paper in (its training code is not public, and it leaves much o
     each call adds the detail that a real image loses in the noise to images that never had it, and
     contrast grows: on CIFAR-10 the pixels' deviation was 0.475 after one call, 0.503 after two,
     0.555 after four (the images': 0.503), and four calls scored worse than one (FD-random 0.36
-    against 0.16; on shapes 0.054 against 0.101, with them 0.038 against 0.076);
+    against 0.16);
   * the student's times are 200, 400, 600 and 1000 (--taus; the paper names the last alone, and its
     released models are called at 999, 899, 799, 699): 400, 600, 800, 1000 were worse in two calls.
-    They predict the image and noise it afresh (released: Euler-ancestral steps, which keep a part
-    of the noise);
+    In sampling each call's image is noised afresh (released: Euler-ancestral steps, which keep a
+    part of the noise);
   * the weighting is exponential, that of the paper's ablations (its final models: NFSD);
   * |.|^2 is a mean over the pixels, so lambda is not comparable: at 2.5 the distillation's gradient
     at an image is a 200th of the adversarial one, at 80 a fifth. t is uniform in 1 .. 999, and
@@ -436,7 +436,7 @@ def simulated(student, eps, y, k, taus):
 @torch.no_grad()
 def ddim(teacher, x, t, y, steps, cfg_scale=1.0):
     """From x_t at times t [B], 1 .. T, to images, in equal steps of time, to rounding (Song et al.,
-    2010.02502): the teacher's sampler and, from the student's noised image, its target."""
+    2010.02502): the teacher's sampler and, of the student's image, noised, the target."""
     for i in range(steps):
         now, then = t - t * i // steps, t - t * (i + 1) // steps
         v = guided(teacher, x, now, y, cfg_scale)
@@ -623,7 +623,7 @@ def main(argv=None):
         k = torch.randint(len(taus), y.shape)               # on the CPU, so that none waits for it
         call = k.to(device, non_blocking=True)
         s = taus[call]
-        eps_s = torch.randn((len(taus), *x0.shape), device=device)      # each call's
+        eps_s = torch.randn((len(taus), *x0.shape), device=device)      # of each call
         x_s = student.noised(x0, s, eps_s[0])
         own = round(args.simulated * len(y))                # how many, the first, are `simulated`
         for rows in slices(args):

@@ -17,7 +17,7 @@ softplus.) Five updates of the fake score (--fake-updates; on `shapes` 2) go wit
 generator: two time-scales (section 4.2, TTUR).
 
 Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
-teacher (an EDM, Karras et al. 2206.00364), generator G(z) = D(80 z; 80) and fake score, the last
+teacher (an EDM, Karras et al. 2206.00364), generator G(z) = mu(80 z; 80) and fake score, the last
 two beginning as the teacher. (80 is --start-sigma; on `shapes` 10.) A generator of several calls
 sees in each its own image of the call before, noised: backward simulation (section 4.5,
 `simulated`).
@@ -268,8 +268,8 @@ def draw_calls(n, calls):
 
 class Denoiser(nn.Module):
     """mu(x, sigma, y) = c_skip x + c_out net(c_in x, c_noise, y): the image expected behind
-    x = x0 + sigma eps [B, 3, R, R], of sigma [B] in 0.002 .. 80 (EDM Eq. 7, its D). `encode` gives
-    the features, a map [B, C, H, W] of each stage, and `decode` what comes of them."""
+    x = x0 + sigma eps [B, 3, R, R], of sigma [B], in sampling 0.002 .. 80 (EDM Eq. 7, its D).
+    `encode` gives the features, a map [B, C, H, W] of each stage, `decode` what comes of them."""
 
     def __init__(self, net):
         super().__init__()
@@ -316,9 +316,9 @@ class Discriminator(nn.Module):
 
 
 # ---- losses --------------------------------------------------------------------------------------
-# Networks, "scores" too, are denoisers (x, sigma, y) -> images mu; x0 (generated, but the teacher's
-# in its own training), real, eps [B, 3, R, R]; sigma [B], y [B] int64, a label of None is the null
-# class. Losses are means over batch and pixels: scalars.
+# Networks, "scores" too, are denoisers (x, sigma, y) -> images mu; x0 (generated; real where the
+# teacher learns, the teacher's in `regression_loss`), real, eps [B, 3, R, R]; sigma [B]; y [B]
+# int64, a label of None is the null class. Losses are means over batch and pixels or logits.
 
 def guided(teacher, x, sigma, y, cfg_scale=1.0):
     """mu of the teacher with classifier-free guidance; 1: off."""

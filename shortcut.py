@@ -183,7 +183,7 @@ def shortcut_loss(s, s_target, x_0, x_1, t, d, n, y, cfg_scale=1.0):
     paper's 2d.
     """
     x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
-    v = s(x_t, t, d, y)         # first: of one network, the targets share its bf16 weights
+    v = s(x_t, t, d, y)         # first: autocast keeps its bf16 weights, which need their gradient
     target = x_1 - x_0                                      # Eq. 2
     if n:
         target[:n] = self_consistency_target(s_target, x_t[:n], t[:n], d[:n] / 2, y[:n],
