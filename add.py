@@ -41,7 +41,7 @@ Departs from the paper in (its training code is not public, and it leaves much o
     0.555 after four (the images': 0.503), and four calls scored worse than one (FD-random 0.36
     against 0.16; on shapes one call had 0.152 and four 0.077, with them 0.097 and 0.039);
   * the student's times are 200, 400, 600 and 1000 (--taus; the paper names the last alone, and its
-    released models are called at 999, 899, 799, 699): 400, 600, 800, 1000 were worse in two calls.
+    released models are called at 999, 899, 799, 699): 400, 600, 800, 1000 were worse.
     In sampling each call's image is noised afresh (released: Euler-ancestral steps, which keep a
     part of the noise);
   * the weighting is exponential, that of the paper's ablations (its final models: NFSD);

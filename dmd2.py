@@ -347,7 +347,7 @@ def dm_gradient(x0, mu_real, mu_fake):
     normaliser (2311.18828, Eq. 8) takes out: what is left is of order one at every sigma.
     """
     scale = (x0 - mu_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)     # DMD's Eq. 8
-    return (mu_fake - mu_real) / scale                                              # Eq. 2, 1
+    return (mu_fake - mu_real) / scale                                              # Eq. 2 (1)
 
 
 def generator_losses(real_score, fake_score, disc, x0, sigma, eps, y, dm=True, gan=True):

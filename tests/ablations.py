@@ -178,7 +178,7 @@ def main(argv=None, small=()):
     if args.list:
         return
     allowed = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
-    threads = max(1, len(allowed) // max(1, args.jobs))     # two on one core: four times as slow
+    threads = max(1, len(allowed) // max(1, args.jobs))     # two threads on one core: 1/4 the speed
     for method in sorted({TABLES[table][0] for table in tables} - {"shortcut"}):
         if not pathlib.Path(f"runs/{method}-shapes/scores.csv").exists():   # the default run
             print(f"runs/{method}-shapes: trained first, for its teacher", flush=True)
