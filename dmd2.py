@@ -277,7 +277,7 @@ class Denoiser(nn.Module):
 
     def encode(self, x, sigma, y):
         c_in = (sigma ** 2 + SIGMA_DATA ** 2).rsqrt()
-        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)      # [B, 1, 1, 1]
+        return self.net.encode(expand(c_in) * x, sigma.log() / 4, y=y)  # expand: [B, 1, 1, 1]
 
     def decode(self, features, x, sigma, y):
         variance = sigma ** 2 + SIGMA_DATA ** 2
@@ -289,9 +289,9 @@ class Denoiser(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits [B, P] from the features of the fake score's encoder (section 4.3): one of the whole
-    image from its deepest map, and P of places, from the maps above it. All maps weigh the same in
-    a mean.
+    """Logits [B, heads x P] from the features of the fake score's encoder (section 4.3): one of the
+    whole image from its deepest map, and of places, from the maps above it. Those of smaller maps
+    are repeated, P a map, so that all maps weigh the same in a mean.
 
     channels: of the encoder's stages. side: of the deepest map. maps: how many are judged; 0: all.
     """
@@ -581,10 +581,10 @@ def main(argv=None):
         with autocast:
             return heun(real_score, noise(), y, steps, start)
 
-    def sampler(G):
+    def sampler(net):
         def generate(noise, y, steps):
             with autocast:
-                return sample(G, noise, y, call_levels(steps, args.start_sigma))
+                return sample(net, noise, y, call_levels(steps, args.start_sigma))
         return generate
 
     # Phase 1: the teacher.

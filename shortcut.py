@@ -147,7 +147,7 @@ class Shortcut(nn.Module):
         self.net, self.a = net, a
 
     def forward(self, x, t, d, y):
-        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()                 # [B, 1, 1, 1]
+        S = expand((1 - t) ** 2 + (t * self.a) ** 2).sqrt()             # expand: [B, 1, 1, 1]
         c_skip = (expand(t) * (1 + self.a ** 2) - 1) / S ** 2
         return c_skip * x + self.a / S * self.net(x / S, t, d.log2() / -LEVELS, y)
 
@@ -183,7 +183,8 @@ def shortcut_loss(s, s_target, x_0, x_1, t, d, n, y, cfg_scale=1.0):
     paper's 2d.
     """
     x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
-    v = s(x_t, t, d, y)         # first: autocast keeps its bf16 weights, which need their gradient
+    # Before the targets, which share its bf16 weights: torch 2.7 would use theirs, without gradient.
+    v = s(x_t, t, d, y)
     target = x_1 - x_0                                      # Eq. 2
     if n:
         target[:n] = self_consistency_target(s_target, x_t[:n], t[:n], d[:n] / 2, y[:n],

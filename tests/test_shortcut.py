@@ -80,6 +80,14 @@ def test_target_has_no_gradient_and_the_loss_reaches_only_the_network():
     assert_close(s.grad, 2 * (0.7 - c) * x_0.square().mean())
 
 
+def test_the_pass_with_a_gradient_comes_first():
+    """If not, torch 2.7's autocast keeps bf16 weights for it that the targets made without one."""
+    calls, (x_0, x_1, y) = [], batch(8, dtype=torch.float32)
+    net = lambda x, t, d, y: calls.append(torch.is_grad_enabled()) or x
+    shortcut_loss(net, net, x_0, x_1, torch.zeros(8), torch.ones(8), 4, y)
+    assert calls == [True, False, False]
+
+
 @pytest.mark.parametrize("case, cfg_scale", [("plain", 1.0), ("cfg", 1.5)])
 def test_targets_equal_the_official_codes(case, cfg_scale):
     """kvfrans/shortcut-models, targets_shortcut.py, run on a closed formula:
