@@ -80,7 +80,10 @@ class Attention(nn.Module):
     def forward(self, x, emb):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
-        out = F.scaled_dot_product_attention(*qkv.mT.unbind(1))     # [B, heads, HW, C / heads]
+        if qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
+            qkv = qkv.float()               # on a CPU torch's backward pass is slower in bf16
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(*qkv.mT.unbind(1))     # [B, heads, HW, C / heads]
         return x + self.out(out.mT.reshape(b, c, h, w))
 
 
