@@ -183,7 +183,7 @@ def shortcut_loss(s, s_target, x_0, x_1, t, d, n, y, cfg_scale=1.0):
     paper's 2d.
     """
     x_t = torch.lerp(x_0, x_1, expand(t))                   # Eq. 1
-    # Before the targets, which share its bf16 weights: torch 2.7 would use theirs, without gradient.
+    # Before the targets, which share its bf16 weights: torch 2.7 would use theirs, without grads.
     v = s(x_t, t, d, y)
     target = x_1 - x_0                                      # Eq. 2
     if n:
