@@ -93,6 +93,17 @@ def test_the_commands_of_fid_run(tmp_path, monkeypatch, capsys):
     assert labels == [*four, *four, "statistics:", "FD-random"]         # by mu and sigma, FID alone
 
 
+def test_the_lines_of_python_sample_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = fid.shapes(40, 32)
+    monkeypatch.setattr(fid, "shapes", lambda resolution: small)
+    shortcut.main("--device cpu --iters 2 --batch 4 --samples 0 --steps 1".split())
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1), names)
+    images = names["images"]
+    assert images.shape == (10, 3, 32, 32) and images.isfinite().all() and images.std() > 0.1
+
+
 def test_the_equations_are_on_the_lines_that_the_table_says():
     rows = re.findall(r"`([^`]+)` \| \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \|", README)
     assert len(rows) >= 10
