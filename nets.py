@@ -80,10 +80,12 @@ class Attention(nn.Module):
     def forward(self, x, emb):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
-        if qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
-            qkv = qkv.float()               # on a CPU torch's backward pass is slower in bf16
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(*qkv.mT.unbind(1))     # [B, heads, HW, C / heads]
+        q, k, v = qkv.mT.unbind(1)                              # [B, heads, HW, C / heads]
+        if q.dtype == torch.bfloat16 and not q.is_cuda:         # where torch's backward is slow
+            with torch.autocast("cpu", enabled=False):
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(out.mT.reshape(b, c, h, w))
 
 

@@ -86,7 +86,15 @@ def test_attention_is_a_softmax_of_products():
     q, k, v = layer.qkv(layer.norm(x)).view(2, 3, 2, 32, 16).unbind(1)      # heads of 32 channels
     weights = torch.einsum("bhcq,bhck->bhqk", q, k).div(32 ** 0.5).softmax(3)
     seen = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(2, 64, 4, 4)
-    assert_close(layer(x, None), x + layer.out(seen), atol=1e-12, rtol=1e-12)
+    expected = x + layer.out(seen)
+    assert_close(layer(x, None), expected, atol=1e-12, rtol=1e-12)
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x.bfloat16(), None)
+    assert got.dtype == torch.bfloat16 and layer.qkv.weight.grad is None
+    assert_close(got.double(), expected, atol=0.05, rtol=0.02)
+    got.float().square().sum().backward()
+    assert layer.qkv.weight.grad.abs().max() > 0
 
 
 def test_dropout_is_off_in_evaluation():
