@@ -39,8 +39,8 @@ Departs from the paper in (its training code is not public, and it leaves much o
     each call adds the detail that a real image loses in the noise to images that never had it, and
     contrast grows: on CIFAR-10 the pixels' deviation was 0.475 after one call, 0.503 after two,
     0.555 after four (the images': 0.503), and four calls scored worse than one (FD-random 0.36
-    against 0.16, without `norms`). On shapes one call had 0.152 and four 0.077, with them 0.097
-    and 0.039;
+    against 0.16, without `norms`). On shapes four calls had 0.077 without, 0.039 with these images;
+    from another teacher there was no clear difference;
   * the student's times are 200, 400, 600 and 1000 (--taus; the paper names the last alone, and its
     released models are called at 999, 899, 799, 699): 400, 600, 800, 1000 were worse.
     In sampling each call's image is noised afresh (released: Euler-ancestral steps, which keep a

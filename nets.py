@@ -81,9 +81,9 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.mT.unbind(1)                              # [B, heads, HW, C / heads]
-        if q.dtype == torch.bfloat16 and not q.is_cuda:         # where torch's backward is slow
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # where its backward is slow
             with torch.autocast("cpu", enabled=False):
-                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(out.mT.reshape(b, c, h, w))

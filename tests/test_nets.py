@@ -2,6 +2,7 @@
 and attention as it is written."""
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from nets import Attention, Block, UNet
@@ -88,11 +89,19 @@ def test_attention_is_a_softmax_of_products():
     seen = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(2, 64, 4, 4)
     expected = x + layer.out(seen)
     assert_close(layer(x, None), expected, atol=1e-12, rtol=1e-12)
-    layer.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        got = layer(x.bfloat16(), None)
-    assert got.dtype == torch.bfloat16 and layer.qkv.weight.grad is None
-    assert_close(got.double(), expected, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_attention_of_bf16_is_computed_in_fp32_on_a_cpu(autocast, monkeypatch):
+    real, seen = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *qkv: seen.append(real(*qkv)) or seen[-1])
+    layer, x = awake(Attention(64)), torch.randn(2, 64, 4, 4).bfloat16()
+    expected = layer(x.float(), None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = (layer if autocast else layer.bfloat16())(x, None)
+    assert got.dtype == torch.bfloat16 and [out.dtype for out in seen] == [torch.float32] * 2
+    assert_close(got.float(), expected, atol=0.05, rtol=0.02)
     got.float().square().sum().backward()
     assert layer.qkv.weight.grad.abs().max() > 0
 

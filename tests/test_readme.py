@@ -5,6 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 
@@ -100,8 +101,10 @@ def test_the_lines_of_python_sample_a_run(tmp_path, monkeypatch):
     shortcut.main("--device cpu --iters 2 --batch 4 --samples 0 --steps 1".split())
     names = {}
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1), names)
-    images = names["images"]
+    images, state, last = names["images"], names["state"], "net.conv_out.weight"
     assert images.shape == (10, 3, 32, 32) and images.isfinite().all() and images.std() > 0.1
+    assert torch.equal(names["s"].state_dict()[last], state["s_ema"][f"module.{last}"])
+    assert not torch.equal(names["s"].state_dict()[last], state["s"][last])
 
 
 def test_the_equations_are_on_the_lines_that_the_table_says():
