@@ -12,7 +12,7 @@ denoises the student's image once it is noised afresh.
 Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. All networks
 predict v = alpha_t eps - sigma_t x0: of a predicted eps, no image could be had at t = 1000.
 
-    python add.py --steps 1                           # coloured shapes, on a CPU: 19 to 34 minutes
+    python add.py --steps 1                           # coloured shapes, on a CPU: 20 to 35 minutes
     python add.py --steps 1,2,4                       # the same run, sampled in up to four calls
     python add.py --data cifar10 --steps 1,4          # on a GPU
 
@@ -118,8 +118,8 @@ STEPS = ()                      # 1, 2, 4, as far as there are --taus
 
 def method_options(add):
     add("--teacher", type=lambda path: str(pathlib.Path(path)),
-        help="folder of another run, to take its teacher instead of training one; what shapes a "
-        "teacher's training then does nothing")
+        help="folder of another run, to take its teacher instead of training one; options of the "
+        "teacher's training then have no effect")
     add("--teacher-iters", type=int, help="length of the teacher's training")
     add("--teacher-batch", type=int, help="its images per update")
     add("--teacher-lr", type=float, help="its peak learning rate")

@@ -146,8 +146,8 @@ def shares(text):
 
 def method_options(add):
     add("--teacher", type=lambda path: str(pathlib.Path(path)),
-        help="folder of another run, to take its teacher instead of training one; what shapes a "
-        "teacher's training then does nothing")
+        help="folder of another run, to take its teacher instead of training one; options of the "
+        "teacher's training then have no effect")
     add("--teacher-iters", type=int, help="length of the teacher's training")
     add("--teacher-batch", type=int, help="its images per update")
     add("--teacher-lr", type=float, help="its peak learning rate")
