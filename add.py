@@ -6,13 +6,14 @@ A diffusion model, the teacher, is made into a student that needs one to four ca
     L_distill = c(t) |x_hat - x_hat_psi(alpha_t x_hat + sigma_t eps; t)|^2              (Eq. 4)
 
 where x_s is a real image noised to one of the student's four times s, L_adv the hinge loss of light
-discriminator heads on a frozen network's features (Eq. 2, 3), and psi the frozen teacher, which
-denoises the student's image once it is noised afresh.
+discriminator heads (weights phi) on a frozen network's features (Eq. 2, 3), theta are the student's
+weights, and psi those of the frozen teacher, which denoises the student's image once it is noised
+afresh.
 
-Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. All networks
-predict v = alpha_t eps - sigma_t x0: of a predicted eps, no image could be had at t = 1000.
+Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. Both predict
+v = alpha_t eps - sigma_t x0: of a predicted eps, no image could be had at t = 1000.
 
-    python add.py --steps 1                           # coloured shapes, on a CPU: 20 to 35 minutes
+    python add.py --steps 1                           # coloured shapes, one CPU core: 20 to 35 min
     python add.py --steps 1,2,4                       # the same run, sampled in up to four calls
     python add.py --data cifar10 --steps 1,4          # on a GPU
 
@@ -46,9 +47,9 @@ Departs from the paper in (its training code is not public, and it leaves much o
     In sampling each call's image is noised afresh (released: Euler-ancestral steps, which keep a
     part of the noise);
   * the weighting is exponential, that of the paper's ablations (its final models: NFSD);
-  * |.|^2 is a mean over the pixels, so lambda is not comparable: at 2.5 the distillation's gradient
-    at an image is a 60th to a 100th of the adversarial one, at 80 a fifth. t is uniform in
-    1 .. 999, and w = sigma^2 in the SDS and NFSD weightings;
+  * |.|^2 is a mean over the pixels, so lambda is not comparable: in a training with 2.5 the
+    distillation's gradient at an image is a 60th to a 100th of the adversarial one, with 80 a
+    fifth. t is uniform in 1 .. 999, and w = sigma^2 in the SDS and NFSD weightings;
   * R1 is of a head's sum of logits, without a factor 1/2, so gamma is not comparable: at 1e-5 it
     is not felt, at 1e-3 (and without momentum) colours no longer chase each other round;
   * optimisers, rates, clipping, EMA and schedules are ours: the paper has none. The student's and
@@ -204,14 +205,21 @@ def vp_schedule():
     return alpha.float(), (1 - alpha ** 2).sqrt().float()
 
 
+def call_times(steps, taus):
+    """The times at which a student of so many steps is called, falling: 1000, then evenly down the
+    taus (rising)."""
+    return [taus[::-1][i * len(taus) // steps] for i in range(steps)]
+
+
 # ---- the networks --------------------------------------------------------------------------------
 
 class Denoiser(nn.Module):
     """x_hat(x_t, t, y): the image expected behind x_t = alpha_t x0 + sigma_t eps, by v-prediction.
 
     v = c_skip x_t + c_out net(x_t / S), with S^2 = sigma^2 + (alpha a)^2 the variance of x_t for
-    images of variance a^2: c_skip x_t is the best linear guess of v, c_out the deviation of the
-    rest, so that the network's target has variance one at every t (as EDM preconditions).
+    images of variance a^2 (a: EDM's sigma_data): c_skip x_t is the best linear guess of v, c_out
+    the deviation of the rest, so that the network's target has variance one at every t (as EDM
+    preconditions).
 
     x [B, 3, R, R]; t [B] int64, 0 .. T; y [B] int64, None: the null class. v, eps: what else the
     network predicts of x_t; encode: its features, a map [B, C, H, W] of each stage.
@@ -302,7 +310,8 @@ class Discriminator(nn.Module):
 
     channels: of the maps. condition: none, label, image or both. c_img: the embedding of x0
     [B, C_last]; where `known` [B] is False a learned vector stands in its place. calls: the heads
-    are also told which of so many calls the student's image is of, k [B]; 0: they are not.
+    are also told which of so many calls the student's image is of, `call` [B], or the one that a
+    real image is compared with; 0: they are not.
     """
 
     def __init__(self, channels, num_classes, condition, calls=0):
@@ -316,10 +325,10 @@ class Discriminator(nn.Module):
         told = label + image + (calls > 0)
         self.heads = nn.ModuleList(Head(c, 64 * told) for c in channels)
 
-    def forward(self, features, y, c_img, known, k):
+    def forward(self, features, y, c_img, known, call):
         c = [] if self.label is None else [self.label(y)]
         if self.call is not None:
-            c.append(self.call(k))
+            c.append(self.call(call))
         if self.image is not None:
             c.append(torch.where(known[:, None], self.image(c_img), self.unknown))
         c = torch.cat(c, 1) if c else None
@@ -400,39 +409,26 @@ def nfsd_loss(teacher, x_hat, t, eps, y, y_other, scale):
 
 # ---- samplers ------------------------------------------------------------------------------------
 
-def down(taus, steps):
-    """The times of a student that samples in so many steps: 1000, then evenly down the taus."""
-    return [taus[::-1][i * len(taus) // steps] for i in range(steps)]
+def simulated(student, noise, y, k, taus):
+    """Backward simulation (DMD2, section 4.5): what the student's call number k sees, its own image
+    of call k - 1, noised afresh; call 0 sees noise. The sampler is the same lines.
+
+    noise: callable -> fresh noise [B, 3, R, R]. k [B] int64, on the CPU: images may be at different
+    calls. taus: the times of all calls, falling.
+    """
+    x = noise().clone()
+    for i in range(int(k.max())):
+        rows = (k > i).nonzero()[:, 0].to(x.device, non_blocking=True)  # another call is to come
+        tau, tau_next = (torch.full(rows.shape, t, device=x.device) for t in taus[i:i + 2])
+        x[rows] = student.noised(student(x[rows], tau, y[rows]), tau_next, noise()[rows])
+    return x                                                                    # [B, 3, R, R]
 
 
 @torch.no_grad()
 def sample(student, noise, y, taus):
-    """Images of labels y [B]: predict them and noise them afresh, down the times `taus` (falling,
-    from pure noise). noise: callable -> fresh noise [B, 3, R, R]."""
-    x = noise()
-    for i, tau in enumerate(taus):
-        x_hat = student(x, torch.full_like(y, tau), y)
-        if i + 1 < len(taus):
-            x = student.noised(x_hat, torch.full_like(y, taus[i + 1]), noise())
-    return x_hat
-
-
-@torch.no_grad()
-def simulated(student, eps, y, k, taus):
-    """Backward simulation (DMD2, section 4.5): what the call at taus[k] sees when the student
-    samples down all `taus` (rising): its own image of the call before, noised.
-
-    eps [len(taus), B, 3, R, R]: each call's noise. k [B] int64, on the CPU: the last call is 0.
-    -> x_s [B, 3, R, R].
-    """
-    x = eps[-1].clone()                                     # the first call's: pure noise
-    for i in range(len(taus) - 1, 0, -1):
-        rows = (k < i).nonzero()[:, 0].to(x.device, non_blocking=True)  # another call is to come
-        if len(rows):
-            then = torch.full_like(y[rows], taus[i - 1])
-            x_hat = student(x[rows], torch.full_like(then, taus[i]), y[rows])
-            x[rows] = student.noised(x_hat, then, eps[i - 1, rows])
-    return x
+    """Images of labels y [B], in len(taus) calls of the student."""
+    x = simulated(student, noise, y, torch.full(y.shape, len(taus) - 1, device="cpu"), taus)
+    return student(x, torch.full_like(y, taus[-1]), y)
 
 
 @torch.no_grad()
@@ -501,7 +497,8 @@ def draw(run, student, teacher, y, name):
     all, and what the teacher makes of the first once noised to t = 500."""
     y, noise = y.to(run.device), noise_of(range(10), run.args, run.device)
     x_hat = sample(student, noise, y, [T])
-    refined = sample(student, noise_of(range(10), run.args, run.device), y, run.args.taus[::-1])
+    refined = sample(student, noise_of(range(10), run.args, run.device), y,
+                     call_times(len(run.args.taus), run.args.taus))
     t = torch.full_like(y, T // 2)
     target = ddim(teacher, teacher.noised(x_hat, t, noise()), t, y, 1, run.args.cfg)
     save_grid(run, name, to_uint8(torch.cat([x_hat, refined, target])).cpu())
@@ -584,7 +581,7 @@ def main(argv=None):
     def sampler(net):
         def generate(noise, y, steps):
             with autocast:
-                return sample(net, noise, y, down(args.taus, steps))
+                return sample(net, noise, y, call_times(steps, args.taus))
         return generate
 
     # Phase 1: the teacher.
@@ -619,19 +616,22 @@ def main(argv=None):
         norms.eval()
 
     # Phase 2: the student and the heads, an update of each.
-    tau_of = torch.tensor(args.taus, device=device)
+    taus = call_times(len(args.taus), args.taus)
+    tau_of = torch.tensor(taus, device=device)
     for step in run.steps(end, "distillation", args.batch):
         x0, y = draw_batch(pixels, labels, args.batch, args.flip)
-        k = torch.randint(len(tau_of), y.shape)             # on the CPU, so that none waits for it
-        call = k.to(device, non_blocking=True)
-        s = tau_of[call]
-        eps_s = torch.randn((len(tau_of), *x0.shape), device=device)    # of each call
+        k = torch.randint(len(taus), y.shape)               # on the CPU, which asks how many are
+        call = k.to(device, non_blocking=True)              # at a call: a GPU's would be waited for
+        s = tau_of[call]                                    # uniform over the taus
+        eps_s = torch.randn((len(taus), *x0.shape), device=device)      # of each call
         x_s = student.noised(x0, s, eps_s[0])
         own = round(args.simulated * len(y))                # how many, the first, are `simulated`
         for rows in slices(args):
             first = slice(rows.start, own, rows.step)
-            with autocast:
-                x_s[first] = simulated(student, eps_s[:, first], y[first], k[first], args.taus)
+            if len(y[first]):
+                draws = iter(eps_s[:, first])
+                with torch.no_grad(), autocast:
+                    x_s[first] = simulated(student, lambda: next(draws), y[first], k[first], taus)
         known = s < T                                       # where x_s shows x0: c_img is told
         known[:own] = False
         if args.adv_weight:
@@ -642,7 +642,7 @@ def main(argv=None):
             if args.weighting == "nfsd":
                 other = (y + torch.randint(1, null_class, y.shape, device=device)) % null_class
 
-        def forward(rows):
+        def student_pass(rows):
             with autocast:
                 x_hat = student(x_s[rows], s[rows], y[rows])
                 leaf = x_hat.detach().requires_grad_()
@@ -656,7 +656,7 @@ def main(argv=None):
         for rows in parts if args.adv_weight else ():
             rewind(disc, vectors)
             with torch.set_grad_enabled(len(parts) == 1):
-                x_hat, leaf, fake = forward(rows)
+                x_hat, leaf, fake = student_pass(rows)
             with autocast, torch.no_grad():
                 real = extract(x0[rows], t_F[rows], eps_real[rows])
                 clean = x0[rows], torch.zeros_like(y[rows]), torch.zeros_like(x0[rows])     # t = 0
@@ -680,7 +680,7 @@ def main(argv=None):
         for i, rows in enumerate(parts):
             rewind(disc, vectors)
             if len(parts) > 1 or not args.adv_weight:
-                x_hat, leaf, fake = forward(rows)
+                x_hat, leaf, fake = student_pass(rows)
             grad_adv = grad_distill = torch.zeros_like(leaf)
             if args.adv_weight:
                 with autocast:
@@ -1217,9 +1217,9 @@ def classes_to_draw(args, images):
     return torch.tensor(picked)
 
 
-def save_grid(run, name, pixels, columns=10):
+def save_grid(run, name, pixels):
     """A picture of uint8 images [N, 3, R, R], row by row, enlarged where they are small."""
-    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2, pad_value=40)
+    grid = torchvision.utils.make_grid(pixels, nrow=10, padding=2, pad_value=40)
     scale = max(1, 64 // run.args.resolution)
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)

@@ -9,12 +9,12 @@ them, and where the two denoise an image differently, the image should move:
     L_fake    = E[(1/sigma^2 + 1/sigma_data^2) |mu_fake(x_t) - x0|^2]
               + w_d (softplus(l(x_t)) + softplus(-l(x_t_real)))
 
-with x0 = G(z), x_t = x0 + sigma eps, means over pixels too, w_g = --gan-weight, w_d =
---disc-weight: Eq. 2 (a score is held as its denoiser mu, Eq. 1) with DMD's normaliser (2311.18828,
-Eq. 8), and the GAN of Eq. 4, whose logit l is a head on the fake score's encoder. (Eq. 4, where D
-is the discriminator, prints -log D for the second term; the official code and this file have
-softplus.) Five updates of the fake score (--fake-updates; on `shapes` 2) go with each of the
-generator: two time-scales (section 4.2, TTUR).
+with x0 = G(z), x_t = x0 + sigma eps (the paper's F), means over pixels too, w_g = --gan-weight,
+w_d = --disc-weight: Eq. 2 (a score is held as its denoiser mu, Eq. 1) with DMD's normaliser
+(2311.18828, Eq. 8), and the GAN of Eq. 4, whose logit l is a head on the fake score's encoder.
+(Eq. 4 prints -log D of a generated image where log(1 - D) is meant, which with D = sigmoid(l) is
+-softplus(l), as in the official code.) Five updates of the fake score (--fake-updates; on `shapes`
+2) go with each of the generator: two time-scales (section 4.2, TTUR).
 
 Time is the noise level sigma, from 0.002 (images) to 80 (noise). Three networks of one shape:
 teacher (an EDM, Karras et al. 2206.00364), generator G(z) = mu(80 z; 80) and fake score, the last
@@ -22,7 +22,7 @@ two beginning as the teacher. (80 is --start-sigma; on `shapes` 10.) A generator
 sees in each its own image of the call before, noised: backward simulation (section 4.5,
 `simulated`).
 
-    python dmd2.py --steps 1                          # coloured shapes, on a CPU: 17 minutes
+    python dmd2.py --steps 1                          # coloured shapes, two CPU cores: 17 minutes
     python dmd2.py --steps 4 --lr 1e-4 --pairs-iters 3000 --iters 2000 --disc-weight 1
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
@@ -57,7 +57,7 @@ Departs from the paper in:
     block). At 32x32 the GAN weighs 6e-3, twice what it does at 64x64 (paper: 3e-3): Eq. 2, a mean
     over pixels, has twice the gradient at an image of half the side;
   * the multi-step generator (in the paper of SDXL) is in pixels, too. Its calls after the first are
-    at SDXL's levels in units of the data's deviation, 2.0, 0.81 and 0.35: EDM's table has as little
+    at SDXL's levels times the data's deviation, 2.0, 0.81 and 0.35: EDM's table has as little
     as 0.17 at the index of the last, where nothing is left to draw. Each call has its share of the
     images of every update (official: an update is of one call). Fake score and discriminator are
     told which call an image is of (--tell-call; official: they see those of all calls as one): else
@@ -244,8 +244,8 @@ def karras(n, start=SIGMA_MAX):
 
 def call_levels(steps, start=SIGMA_MAX):
     """The levels at which a generator of so many steps is called, falling (section 4.4): `start`,
-    then evenly down SDXL's table (official code: 999, 749, 499, 249 of 1000 for four), in units of
-    the data's deviation."""
+    then evenly down SDXL's table (official code: 999, 749, 499, 249 of 1000 for four), times the
+    data's deviation."""
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = (1 - betas).cumprod(0)
     table = SIGMA_DATA * ((1 - alpha_bar) / alpha_bar).sqrt()   # those four: 7.3, 2.0, 0.81, 0.35
@@ -331,7 +331,8 @@ def guided(teacher, x, sigma, y, cfg_scale=1.0):
 
 
 def weighted_error(denoised, x0, sigma):
-    """EDM's weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 is the fake score's in DMD2."""
+    """The mean of (1/sigma^2 + 1/sigma_data^2) |denoised - x0|^2: EDM's weight, and that of the
+    fake score in DMD2."""
     return (expand(sigma ** -2 + SIGMA_DATA ** -2) * (denoised - x0) ** 2).mean()
 
 
@@ -348,7 +349,7 @@ def dm_gradient(x0, mu_real, mu_fake):
     normaliser (2311.18828, Eq. 8) takes out: what is left is of order one at every sigma.
     """
     scale = (x0 - mu_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)     # DMD's Eq. 8
-    return (mu_fake - mu_real) / scale                                              # Eq. 2 (1)
+    return (mu_fake - mu_real) / scale                                              # Eq. 2, by 1
 
 
 def generator_losses(real_score, fake_score, disc, x0, sigma, eps, y, dm=True, gan=True):
@@ -480,14 +481,14 @@ def load_teacher(folder, teacher_ema, run, nulls):
 
 # ---- training ------------------------------------------------------------------------------------
 
-def teacher_pairs(run, generate, num_classes, begins):
+def teacher_pairs(run, generate, null_class, begins):
     """DMD's pairs: noise z and labels [N], and what the teacher's deterministic sampler makes of
     them, x0 in [-1, 1], from the level where the generator begins. Computed when first needed, and
-    kept in the run's folder."""
+    kept in the run's folder. begins: the phase does, so what lies there is of another training."""
     n, path = run.args.pairs, run.folder / "pairs.npz"
-    y = (torch.arange(n) % max(1, num_classes)).to(run.device)
+    y = (torch.arange(n) % max(1, null_class)).to(run.device)
     z = noise_of(range(10 ** 8, 10 ** 8 + n), run.args, run.device)()       # none of the samples'
-    if fid.gather(torch.tensor([int(begins or not path.exists())])).any():  # in one, so in all
+    if fid.gather(torch.tensor([int(begins or not path.exists())])).any():  # one must: all do
         most = at_once(run.args)
         x0 = [generate(lambda: z[i:i + most], y[i:i + most]).cpu()
               for i in tqdm(range(0, n, most), "pairs", disable=fid.quiet())]
@@ -539,9 +540,8 @@ def main(argv=None):
     adam = lambda params, lr, beta1=0.0: torch.optim.AdamW(params, lr, (beta1, 0.99),
                                                            weight_decay=0.01, fused=True)
     opt_teacher = adam(teacher.parameters(), args.teacher_lr, 0.9)
-    opt_generator = adam(generator.parameters(), args.lr)
-    fake_params = [*fake_score.parameters(), *disc.parameters()]
-    opt_fake = adam(fake_params, args.fake_lr)
+    opt_generator = adam(generator.parameters(), args.lr)   # no momentum: two players
+    opt_fake = adam([*fake_score.parameters(), *disc.parameters()], args.fake_lr)
     opt_pairs = adam(generator.parameters(), args.pairs_lr, 0.9)
     schedule_teacher = warmup_cosine(opt_teacher, args.teacher_iters)
     schedule_pairs = warmup_cosine(opt_pairs, max(1, args.pairs_iters))
@@ -645,8 +645,8 @@ def main(argv=None):
         for i in range(args.fake_updates):
             real, y = draw_batch(pixels, labels, args.batch, args.flip)
             noise = lambda: torch.randn_like(real)
-            k = draw_calls(len(y), args.train_steps)        # on the CPU, so that none waits for it
-            call = k.to(device, non_blocking=True)
+            k = draw_calls(len(y), args.train_steps)        # on the CPU, which asks how many are
+            call = k.to(device, non_blocking=True)          # at a call: a GPU's would be waited for
             y_told = told(y, call)
             z = [noise() for _ in range(args.train_steps if args.backward_simulation else 1)]
             if i == 0:
@@ -1223,9 +1223,9 @@ def classes_to_draw(args, images):
     return torch.tensor(picked)
 
 
-def save_grid(run, name, pixels, columns=10):
+def save_grid(run, name, pixels):
     """A picture of uint8 images [N, 3, R, R], row by row, enlarged where they are small."""
-    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2, pad_value=40)
+    grid = torchvision.utils.make_grid(pixels, nrow=10, padding=2, pad_value=40)
     scale = max(1, 64 // run.args.resolution)
     grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     run.write(name, Image.fromarray(grid.permute(1, 2, 0).numpy()).save)

@@ -187,7 +187,7 @@ def test_ddim_follows_the_exact_flow_of_a_gaussian():
 def test_sampling_predicts_and_noises_afresh_on_the_taus():
     G, y, seen = network(), torch.arange(3), []
     draws = torch.randn(3, 3, 3, 16, 16)
-    recorded = lambda x, t, y: seen.append((x, t)) or G(x, t, y)
+    recorded = lambda x, t, y: seen.append((x.clone(), t)) or G(x, t, y)
     recorded.noised = G.noised
     with torch.no_grad():
         image = sample(recorded, iter(draws).__next__, y, [1000, 500, 250])
@@ -203,15 +203,21 @@ def test_sampling_predicts_and_noises_afresh_on_the_taus():
 
 def test_simulated_inputs_are_those_of_the_sampler():
     """Row by row, whatever the calls of the others are."""
-    G, taus, y = network(), (250, 500, 750, 1000), torch.arange(6) % 3
-    eps, k, seen = torch.randn(4, 6, 3, 16, 16), torch.tensor([0, 3, 1, 2, 0, 3]), {}
-    recorded = lambda x, t, y: seen.update({int(t[0]): x}) or G(x, t, y)
+    G, taus, y = network(), [1000, 750, 500, 250], torch.arange(6) % 3
+    eps, k, seen = torch.randn(4, 6, 3, 16, 16), torch.tensor([3, 0, 2, 1, 3, 0]), []
+    kept, noise = eps.clone(), lambda: iter(eps).__next__
+    recorded = lambda x, t, y: seen.append((x.clone(), t)) or G(x, t, y)
     recorded.noised = G.noised
-    sample(recorded, iter(eps.flip(0)).__next__, y, taus[::-1])
-    x_s = simulated(G, eps, y, k, taus)
+    image = sample(recorded, noise(), y, taus)
+    assert [t.tolist() for _, t in seen] == [[tau] * 6 for tau in taus]
+    with torch.no_grad():
+        assert torch.equal(image, G(*seen[3], y))
+        for call, (x, _) in enumerate(seen):
+            assert torch.equal(simulated(G, noise(), y, torch.full((6,), call), taus), x)
+        x_s = simulated(G, noise(), y, k, taus)
     for i, call in enumerate(k.tolist()):
-        assert_close(x_s[i], seen[taus[call]][i])
-    assert simulated(G, eps[:, :0], y[:0], k[:0], taus).shape == (0, 3, 16, 16)
+        assert_close(x_s[i], seen[call][0][i])
+    assert torch.equal(eps, kept)                           # it is the caller's
 
 
 # ---- the discriminator ---------------------------------------------------------------------------
@@ -248,28 +254,29 @@ def test_the_heads_are_told_what_they_should_and_where(condition):
     """c_img is not told where s = T: there both hinges see a learned vector in its place."""
     disc, features = heads(condition), [torch.randn(4, 16, 8, 8), torch.randn(4, 32, 4, 4)]
     y, image, known = torch.arange(4), torch.randn(4, 32), torch.tensor([True, True, False, False])
-    k = torch.arange(4)
-    base = disc(features, y, image, known, k)
+    call = torch.arange(4)
+    base = disc(features, y, image, known, call)
     assert [l.shape for l in base] == [(4, 8, 8), (4, 4, 4)]
     moved = lambda other: [(a - b).abs().amax((1, 2)) > 1e-4 for a, b in zip(base, other)]
     has_label, has_image = condition in ("label", "both"), condition in ("image", "both")
-    for m in moved(disc(features, y + 1, image, known, k)):
+    for m in moved(disc(features, y + 1, image, known, call)):
         assert m.tolist() == [has_label] * 4
-    for m in moved(disc(features, y, image.flip(1), known, k)):
+    for m in moved(disc(features, y, image.flip(1), known, call)):
         assert m.tolist() == [has_image, has_image, False, False]
-    for m in moved(disc([f + 1 for f in features], y, image, known, k)):
+    for m in moved(disc([f + 1 for f in features], y, image, known, call)):
         assert m.all()
-    for m in moved(disc(features, y, image, known, k.flip(0))):
+    for m in moved(disc(features, y, image, known, call.flip(0))):
         assert m.all()
     without = heads(condition, 0)
-    assert_close(without(features, y, image, known, k), without(features, y, image, known, 0 * k))
+    assert_close(without(features, y, image, known, call),
+                 without(features, y, image, known, 0 * call))
 
 
 def test_r1_trains_the_heads_alone():
     disc, features = heads("both"), [torch.randn(4, 16, 8, 8), torch.randn(4, 32, 4, 4)]
     features = [f.requires_grad_() for f in features]
-    k = torch.arange(4)
-    logits = disc(features, k, torch.randn(4, 32), torch.ones(4, dtype=torch.bool), k)
+    call = torch.arange(4)
+    logits = disc(features, call, torch.randn(4, 32), torch.ones(4, dtype=torch.bool), call)
     r1_penalty(logits, features).backward()
     assert disc.label.weight.grad.abs().max() > 0 and disc.image[1].weight.grad.abs().max() > 0
     assert all(head.first[0].parametrizations.weight.original.grad.abs().max() > 0
@@ -340,8 +347,8 @@ def test_the_student_goes_down_both_gradients(small, monkeypatch, tmp_path, line
 def test_the_heads_learn_to_tell_and_weights_weigh(small, monkeypatch, tmp_path):
     """Against a student that stands still the heads' loss falls, the more R1 the less; lambda and
     the adversarial weight multiply the gradients at the image."""
-    def run(name, *more):
-        add.main([*TINY, "--out", str(tmp_path / name), "--iters", "60", "--lr", "1e-9",
+    def run(name, *more, iters=60):
+        add.main([*TINY, "--out", str(tmp_path / name), "--iters", str(iters), "--lr", "1e-9",
                   "--teacher", str(tmp_path / "teacher"), "--feature-noise", "0", *more])
         text = (tmp_path / name / "log.csv").read_text().splitlines()
         return [dict(zip(text[0].split(","), map(float, row.split(",")))) for row in text[1:]]
@@ -352,8 +359,8 @@ def test_the_heads_learn_to_tell_and_weights_weigh(small, monkeypatch, tmp_path)
     assert damped[-1]["loss_disc"] > plain[-1]["loss_disc"] and damped[-1]["d_real"] < 1
     felt = run("felt", "--r1", "1e-6", "--disc-lr", "1e-2")
     assert damped[-1]["r1"] < 0.5 * felt[-1]["r1"]          # what is penalised becomes less
-    one, two = (run(f"{name}", "--disc-lr", "1e-9", "--distill-weight", str(weight),
-                    "--adv-weight", str(weight))[0] for name, weight in (("one", 1), ("two", 2)))
+    one, two = (run(name, "--disc-lr", "1e-9", "--distill-weight", weight, "--adv-weight", weight,
+                    iters=10)[0] for name, weight in (("one", "1"), ("two", "2")))
     for name in "grad_adv", "grad_distill":
         assert two[name] == approx(2 * one[name], rel=1e-3)
 
@@ -485,7 +492,7 @@ def test_what_the_losses_and_the_heads_are_given(small, monkeypatch, tmp_path, s
             real_image_behind = torch.arange(16) >= 16 * share
             assert torch.equal(known, (t < 1000) & real_image_behind)
             assert torch.equal(c, told[0][0])
-            assert torch.equal(torch.tensor([200, 400, 600, 1000])[call], t)
+            assert torch.equal(torch.tensor([1000, 600, 400, 200])[call], t)
         (t_fake, y1), (t_real, y2), (t_img, y3) = seen["encode"][16 + 3 * i:16 + 3 * i + 3]
         assert torch.equal(t_fake, t_real) and not t_img.any() and y1 is y2 is y3 is None
     noised = torch.cat([t for t, _ in seen["encode"]])
@@ -541,7 +548,7 @@ def test_another_runs_teacher_is_taken_and_left_as_it_is(small, tmp_path):
 
 
 def test_the_student_of_two_times_and_of_three_steps(small, tmp_path):
-    assert add.down((200, 400, 600, 1000), 3) == [1000, 600, 400]
-    assert add.down((200, 400, 600, 1000), 2) == [1000, 400]
+    assert add.call_times(3, (200, 400, 600, 1000)) == [1000, 600, 400]
+    assert add.call_times(2, (200, 400, 600, 1000)) == [1000, 400]
     assert add.parse_args(["--taus", "500,1000"]).steps == (1, 2)
     assert add.parse_args([]).steps == (1, 2, 4)

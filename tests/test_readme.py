@@ -98,6 +98,7 @@ def test_the_lines_of_python_sample_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = fid.shapes(40, 32)
     monkeypatch.setattr(fid, "shapes", lambda resolution: small)
+    monkeypatch.setattr(shortcut, "draw", lambda *args: None)
     shortcut.main("--device cpu --iters 2 --batch 4 --samples 0 --steps 1".split())
     names = {}
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1), names)
