@@ -9,7 +9,7 @@ averaged over pixels and a batch, a share k of whose rows are of the second kind
 
 Time runs from noise to data: x_0 is noise, x_1 the image, x_t = (1 - t) x_0 + t x_1.
 
-    python shortcut.py --steps 1                      # coloured shapes, two CPU cores: 9 minutes
+    python shortcut.py --steps 1                      # coloured shapes, two CPU cores: 10 minutes
     python shortcut.py --data cifar10 --steps 1,4     # on a GPU
     python shortcut.py --k 0 --out runs/flow          # flow matching, the baseline, from this file
 
