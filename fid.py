@@ -497,6 +497,8 @@ def load_images(data, resolution, split="train", cache="data"):
             with first_alone():
                 cifar = torchvision.datasets.CIFAR10(cache, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                os.rmdir(cache)                             # torchvision made it, and it is empty
             raise UserError(f"--data cifar10: cannot be downloaded ({error}); "
                             "put https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into "
                             f"{cache}/, "

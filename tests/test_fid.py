@@ -968,6 +968,7 @@ def test_no_validation_batches(tmp_path):
 
 
 def test_cifar10(monkeypatch):
+    real = torchvision.datasets.CIFAR10
     class Stored:
         data, targets, classes = dots(2, 32, 32, 3), [3, 9], list("abcdefghij")
 
@@ -980,3 +981,7 @@ def test_cifar10(monkeypatch):
     refuses(lambda: load_images("cifar10", 64), "64x64", "32x32")
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     refuses(lambda: load_images("cifar10", 32), "no route to host", "cifar-10-python.tar.gz")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", real)
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    refuses(lambda: load_images("cifar10", 32), "no route to host")
+    assert not os.path.exists("data")                       # where nothing was
