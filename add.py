@@ -13,7 +13,7 @@ afresh.
 Time t runs from 0 (image) to 1000 (pure noise): x_t = alpha_t x0 + sigma_t eps. Both predict
 v = alpha_t eps - sigma_t x0: of a predicted eps, no image could be had at t = 1000.
 
-    python add.py --steps 1                           # coloured shapes, one CPU core: 20 to 35 min
+    python add.py --steps 1                           # coloured shapes, one CPU core: 20 to 40 min
     python add.py --steps 1,2,4                       # the same run, sampled in up to four calls
     python add.py --data cifar10 --steps 1,4          # on a GPU
 
