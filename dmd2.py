@@ -475,7 +475,8 @@ def load_teacher(folder, teacher_ema, run, nulls):
         teacher_ema.load_state_dict(state["teacher_ema"])
     except Exception as error:                              # torch raises all sorts on a bad file
         why = error if isinstance(error, UserError) else f"cannot be read: {error!r}"
-        why = " ".join(str(why).split())[:200].partition("; give another --out")[0]
+        why = " ".join(str(why).removeprefix(f"{folder}: ").split())[:200]
+        why = why.partition("; give another --out")[0]
         raise UserError(f"--teacher {folder}: {why}") from None
 
 
@@ -996,6 +997,7 @@ class Run:
         self.seconds = 0.0                                  # of training, until the last row
         if any((self.folder / name).exists() for name in CHECKPOINTS):
             self.load()
+            print(f"{self.folder}: {self.step} updates are done", flush=True)
         if fid.gather(torch.tensor(self.step)).unique().numel() > 1:
             raise UserError(f"--out {args.out}: is not one folder for all processes")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1101,8 +1103,10 @@ class Run:
         if scores or (self.folder / "scores.csv").exists():
             self.write_csv("scores.csv", scores)
         self.seconds = float(self.rows[-1].get("seconds") or 0) if self.rows else 0.0
+        count, *classes = self.data
         print(f"{what}: {'going on' if self.step else 'begins'} at step {self.step} of {end} in "
-              f"{self.folder} ({hardware}, {self.args.precision})", flush=True)
+              f"{self.folder} ({count} images, {len(classes) or 'no'} classes; {hardware}, "
+              f"{self.args.precision})", flush=True)
 
     def steps(self, end, what, images):
         """Yield the steps up to `end`; after each keep what is due, and stop if a signal came.
@@ -1217,8 +1221,8 @@ def classes_to_draw(args, images):
         elif name.isdecimal() and int(name) < len(images.classes):
             picked.append(int(name))
         else:
-            known = ", ".join(images.classes[:12]) or "none"
-            raise UserError(f"--labels {name}: {images.name} has the classes {known}"
+            known = "the classes " * bool(images.classes) + ", ".join(images.classes[:12])
+            raise UserError(f"--labels {name}: {images.name} has {known or 'no classes'}"
                             + ", ..." * (len(images.classes) > 12))
     return torch.tensor(picked)
 

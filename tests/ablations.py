@@ -153,7 +153,7 @@ def seeds(text):
 
 
 def main(argv=None, small=()):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition(" By hand:")[0])
     parser.error = lambda what: parser.exit(2, f"ablations.py: {what}\n")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES) + " [all]")
     parser.add_argument("--seeds", type=seeds, default="0", help="a comma list [0]")

@@ -372,7 +372,7 @@ ROWS = {name[4:]: row for name, row in list(globals().items()) if name.startswit
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition(" By hand")[0])
     parser.error = lambda what: parser.exit(2, f"benchmark.py: {what}\n")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS) + " [all]")
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")

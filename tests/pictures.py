@@ -9,6 +9,7 @@ header.png is of the three default runs and of the README's runs/four, with the 
 dmd2.py, 500 in add.py; four-calls-shapes.png of the README's two lines for four calls with the
 teacher of `dmd2.py --seed 1` and the folders runs/four-seed1 and runs/four-real-seed1.
 """
+import argparse
 import csv
 import math
 import pathlib
@@ -220,6 +221,7 @@ def tables():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition(" By\nhand")[0]).parse_args()
     few_calls()
     progress()
     over_time()

@@ -292,7 +292,7 @@ TEACHERS = [                                                # of the scripts tha
     ("--teacher README.md", "--teacher README.md: holds no run of"),
     ("--teacher EMPTY", "--teacher EMPTY: holds no run of"),
     ("--teacher FULL", "--teacher FULL: --out FULL: is no run folder and not empty"),
-    ("--teacher OTHER", "--teacher OTHER: OTHER: holds a run of other.py"),
+    ("--teacher OTHER", "--teacher OTHER: holds a run of other.py"),
     ("--teacher HALF", "--teacher HALF: HALF/checkpoint.pt: does not load"),
     ("--teacher HALF --channels 16", "--teacher HALF: was trained with --channels 32, not 16"),
     ("--teacher-batch 0", "--teacher-batch 0: expected 1"),

@@ -98,14 +98,21 @@ def test_the_lines_of_python_sample_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = fid.shapes(40, 32)
     monkeypatch.setattr(fid, "shapes", lambda resolution: small)
-    monkeypatch.setattr(shortcut, "draw", lambda *args: None)
-    shortcut.main("--device cpu --iters 2 --batch 4 --samples 0 --steps 1".split())
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1), names)
-    images, state, last = names["images"], names["state"], "net.conv_out.weight"
-    assert images.shape == (10, 3, 32, 32) and images.isfinite().all() and images.std() > 0.1
-    assert torch.equal(names["s"].state_dict()[last], state["s_ema"][f"module.{last}"])
-    assert not torch.equal(names["s"].state_dict()[last], state["s"][last])
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    reads = blocks[0][:blocks[0].index("\ns = ")]
+    for script, block, whose in zip((shortcut, dmd2, add), blocks, ("s", "generator", "student"),
+                                    strict=True):
+        monkeypatch.setattr(script, "draw", lambda *args: None)
+        script.main("--device cpu --iters 2 --batch 4 --samples 0 --steps 1".split()
+                    + MORE[script.METHOD])
+        names = {}
+        exec(reads.replace("/shortcut-", f"/{script.METHOD}-"), names)
+        exec(block, names)
+        images, state, last = names["images"], names["state"], "net.conv_out.weight"
+        assert images.shape == (10, 3, 32, 32) and images.isfinite().all() and images.std() > 0.1
+        net = names["s" if script is shortcut else "G"].state_dict()[last]
+        assert torch.equal(net, state[f"{whose}_ema"][f"module.{last}"])
+        assert not torch.equal(net, state[whose][last])
 
 
 def test_the_equations_are_on_the_lines_that_the_table_says():
