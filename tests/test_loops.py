@@ -186,9 +186,9 @@ def test_add_shows_each_network_what_is_its_own(tmp_path, monkeypatch):
         times.append(t)
         labels.append(y)
         return pull("teacher", D.net.conv_out.bias)
-    def simulated(student, eps, y, k, taus, real=add.simulated):
-        assert taus == (200, 400, 600, 1000)
-        return real(student, eps, y, k, taus)
+    def simulated(student, noise, y, k, taus, real=add.simulated):
+        assert taus == [1000, 600, 400, 200]
+        return real(student, noise, y, k, taus)
     def hinge(real, fake, was=add.discriminator_loss):
         heads.append(real)
         return was(real, fake)
