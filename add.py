@@ -416,7 +416,7 @@ def simulated(student, noise, y, k, taus):
     noise: callable -> fresh noise [B, 3, R, R]. k [B] int64, on the CPU: images may be at different
     calls. taus: the times of all calls, falling.
     """
-    x = noise().clone()
+    x = noise().clone()                                     # it stays as the caller has it
     for i in range(int(k.max())):
         rows = (k > i).nonzero()[:, 0].to(x.device, non_blocking=True)  # another call is to come
         tau, tau_next = (torch.full(rows.shape, t, device=x.device) for t in taus[i:i + 2])
