@@ -59,7 +59,8 @@ class LostProcess(UserError):
 
 def out_of_memory(error):
     """Whether an exception says so: of the CPU's memory PyTorch raises a plain RuntimeError."""
-    says = "out of memory", "not enough memory", "can't allocate memory", "bad_alloc"
+    says = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc",
+            "ALLOC_FAILED")                                 # cuBLAS's and cuDNN's
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
                                               and any(s in str(error) for s in says))
 
@@ -90,6 +91,9 @@ def command(name, main, remedy):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # process 0 says it, and all are ended;
             time.sleep(2)                                   # if not, it is this one's own trouble
         wrong = error
+    except BrokenPipeError:                                 # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)                                       # as by SIGPIPE
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -320,12 +324,10 @@ def _read_image(path, resolution):
         why = ("not an image" if isinstance(error, UnidentifiedImageError)
                else " ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"{path}: cannot be read ({why}); mend or remove it") from None
-    if resolution is None:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if min(image.size) < resolution:
+    if resolution and min(image.size) < resolution:
         raise UserError(f"{path}: {image.width}x{image.height} is smaller than "
                         f"{resolution}x{resolution}; remove it or give a smaller --resolution")
-    if image.size != (resolution, resolution):
+    if resolution and image.size != (resolution, resolution):
         side = min(image.size)                                              # cut at whole pixels
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
@@ -343,7 +345,8 @@ def read_folder(folder, resolution):
     folder = pathlib.Path(folder)
     def unreadable(error):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-    hidden = lambda p: any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)
+    hidden = lambda p: any(part.startswith(".") or part == "__MACOSX"
+                           for part in p.relative_to(folder).parts)
     endings = {e for e, f in Image.registered_extensions().items() if f in FORMATS}
     files = []
     for top, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -363,28 +366,27 @@ def read_folder(folder, resolution):
         raise UserError(f"{folder}: images beside the class folders "
                         f"({files[tops.index(None)].name}); put every image "
                         "into a class folder, or none")
-    with concurrent.futures.ThreadPoolExecutor() as pool:               # decoding frees the GIL
-        read = tqdm(pool.map(lambda p: _read_image(p, resolution), files), "reading images",
-                    total=len(files), unit="img", leave=False, disable=quiet())
-        try:
-            pixels = list(read)
-        except BaseException:                           # also Ctrl-C: do not decode the rest
-            pool.shutdown(cancel_futures=True)
-            raise
-    size = lambda x: f"{x.shape[2]}x{x.shape[1]}"
-    for path, x in zip(files, pixels):
-        if x.shape != pixels[0].shape:
-            raise UserError(f"{path}: is {size(x)}, {files[0].name} {size(pixels[0])}; "
-                            "expected images of one size")
-    pixels = torch.stack(pixels)
+    size = lambda x: f"{x.shape[-1]}x{x.shape[-2]}"
+    with (concurrent.futures.ThreadPoolExecutor() as pool,              # decoding frees the GIL
+          contextlib.closing(pool.map(lambda p: _read_image(p, resolution), files)) as read):
+        # Closed, also by Ctrl-C, it does not decode the rest.
+        for i, x in enumerate(tqdm(read, "reading images", total=len(files), unit="img",
+                                   leave=False, disable=quiet())):
+            if i == 0:                                  # all in one from the start: held once
+                pixels = torch.empty(len(files), *x.shape, dtype=torch.uint8)
+            if x.shape != pixels.shape[1:]:
+                raise UserError(f"{files[i]}: is {size(x)}, {files[0].name} {size(pixels)}; "
+                                "expected images of one size")
+            pixels[i] = x
     number = {name: i for i, name in enumerate(classes)}
     return pixels, torch.tensor([number.get(t, 0) for t in tops]), classes
 
 
 def read_batches(files, resolution):
-    """Downsampled ImageNet (Chrabaszcz et al. 2017): one file after the other, pixels and labels.
+    """Downsampled ImageNet (Chrabaszcz et al. 2017): yields of one file after the other pixels
+    [N, 3, R, R] uint8 and labels 0..999 [N] int64.
 
-    In a file `data` [N, 3*R*R] uint8, `labels` 1..1000.
+    In a file are `data` [N, 3*R*R] uint8 and `labels` 1..1000.
     """
     for file in files:
         batch = read_arrays(file)
@@ -468,7 +470,7 @@ def kind_of(data):
         return data
     if os.path.isfile(data):                                # pathlib's raises where it may not look
         raise UserError(f"--data {data}: is a file; expected a folder of images "
-                        "(unpack an archive first)")
+                        "(unpack an archive first; a file of mu and sigma is for fid.py --stats)")
     if not os.path.isdir(data):
         raise UserError(f"--data {data}: no such data set or folder; expected shapes, cifar10, "
                         "a folder of images, or a folder with train_data_batch_*.npz")
@@ -529,7 +531,7 @@ class RandomFeatures(nn.Module):
     layout.
     """
     name, label = "random", "FD-random"
-    batch, resizes = 256, False                             # of 32x32
+    batch, resizes = 256, False                             # at once on a CPU, of 32x32
 
     def __init__(self, widths=(32, 64, 128, 256), seed=0):
         super().__init__()
@@ -621,22 +623,22 @@ def inception_state(path=None):
     digest = hashlib.sha256(content).hexdigest()
     if digest != INCEPTION_SHA256:
         raise UserError(f"{file}: not the FID weights (sha256 {digest[:12]}..., expected "
-                        f"{INCEPTION_SHA256[:12]}...); remove it or give --inception PATH")
+                        f"{INCEPTION_SHA256[:12]}...)"
+                        + "; remove it or give --inception PATH" * (not path))
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_features(name, device="cpu", inception=None):
-    """name: inception, random, or auto (inception if its weights can be had)
-    -> the feature network."""
-    if name == "random":
-        return RandomFeatures().to(device)
-    try:
-        return Inception(inception_state(inception)).to(device)
-    except UserError as error:
-        if name == "inception" or inception:
-            raise
-        print(f"no FID: {error}. Scoring with random features instead.")
-        return RandomFeatures().to(device)
+    """name: inception, random, or auto (inception if its weights can be had) -> the feature
+    network. inception: path of the weights; where it is given, no others will do."""
+    if name != "random":
+        try:
+            return Inception(inception_state(inception)).to(device)
+        except UserError as error:
+            if name == "inception" or inception:
+                raise
+            print(f"no FID: {error}. Scoring with random features instead.")
+    return RandomFeatures().to(device)
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -660,10 +662,10 @@ class Statistics:
         """Pairwise update (Chan et al. 1979): no large sums that cancel, so stable for millions."""
         if n == 0:
             return
-        delta, total = mean - self.mean, self.n + n
-        self.scatter += scatter + torch.outer(delta, delta) * (self.n * n / total)
-        self.mean += delta * (n / total)
-        self.n = total
+        delta, both = mean - self.mean, self.n + n
+        self.scatter += scatter + torch.outer(delta, delta) * (self.n * n / both)
+        self.mean += delta * (n / both)
+        self.n = both
 
     def update(self, features):
         f = features.detach().cpu().double()                            # [B, dim]
@@ -671,15 +673,16 @@ class Statistics:
         self.merge(len(f), mean, (f - mean).T @ (f - mean))
 
     def gather(self):
-        """-> of all torch.distributed processes' images, in each of them, but what they kept.
+        """-> the `Statistics` of all torch.distributed processes' images, in each of them, with
+        nothing kept.
 
         One all_gather, merged in one order: a sum of raw moments would cancel.
         """
         own = torch.cat([torch.full_like(self.mean, self.n)[None], self.mean[None], self.scatter])
-        total = Statistics(len(self.mean), self.network, self.size)
+        whole = Statistics(len(self.mean), self.network, self.size)
         for part in gather(own):
-            total.merge(int(part[0, 0]), part[1], part[2:])
-        return total
+            whole.merge(int(part[0, 0]), part[1], part[2:])
+        return whole
 
     @property
     def cov(self):
@@ -689,7 +692,8 @@ class Statistics:
 def statistics(net, pixels, progress=None, keep=0, shared=False):
     """`Statistics` of the features of uint8 images [N, 3, H, W], `keep` of them kept.
 
-    shared: all processes have the same images, and each computes a part of the features.
+    progress: title of a progress bar. shared: all processes have the same images, and each
+    computes a part of the features.
     float32 without TF32 or autocast, as peers compute them. Memory does not grow with N, nor does
     the result depend on how the images fall into batches.
     """
@@ -739,14 +743,14 @@ def reference(net, pixels, progress="data features", key=None):
     twenty newest stay. key: stands for the pixels, where it is known.
     """
     content = pixels.split(10_000) if key is None else ()
-    key = hashlib.sha256(pathlib.Path(__file__).read_bytes() + repr((pixels.shape, key)).encode())
+    text = pathlib.Path(__file__).read_bytes() + repr((pixels.shape, key)).encode()
+    digest = hashlib.sha256(text)
     for tensor in (*net.state_dict().values(), *content):
-        key.update(tensor.cpu().contiguous().numpy())
-    file = CACHE / f"{net.name}-{key.hexdigest()[:32]}.npz"
+        digest.update(tensor.cpu().contiguous().numpy())
+    file = CACHE / f"{net.name}-{digest.hexdigest()[:32]}.npz"
     stats = None
-    with contextlib.suppress(OSError, UserError):           # not there, or damaged: made again
-        if file.exists():
-            stats = load_statistics(file)
+    with contextlib.suppress(UserError):                    # not there, or damaged: made again
+        stats = load_statistics(file)
     if gather(torch.tensor([int(stats is not None)])).all():     # on all machines
         return stats
     stats = statistics(net, pixels, progress, KEEP, True)
@@ -765,15 +769,9 @@ def save_statistics(path, stats, **more):
     arrays = dict(mu=stats.mean, sigma=stats.cov, n=stats.n, **more)
     arrays |= {name: value for name in ("network", "size") if (value := getattr(stats, name))}
     try:
-        with tempfile.NamedTemporaryFile(dir=pathlib.Path(path).parent, delete=False) as file:
-            try:
-                np.savez(file, **arrays)
-                file.close()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with tempfile.TemporaryDirectory(dir=pathlib.Path(path).parent) as scratch:
+            np.savez(f"{scratch}/statistics.npz", **arrays)
+            os.replace(f"{scratch}/statistics.npz", path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -803,6 +801,9 @@ def load_statistics(path):
 def read_arrays(path):
     """The arrays of an .npz or .npy by name, none of which can run code."""
     try:
+        with open(path, "rb") as file:                      # NumPy takes any other for a pickle
+            if not file.read(6).startswith((b"PK", np.lib.format.MAGIC_PREFIX)):
+                raise ValueError("it begins as neither does")
         loaded = np.load(path, allow_pickle=False)
         arrays = {"array": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         if not all(isinstance(a, np.ndarray) for a in arrays.values()):
@@ -876,11 +877,17 @@ def precision_recall(f, g, k=3):
 
 
 def protocol(label, value, features, n, m, data, nfe, who, speed):
-    """A score as one line, with all that it depends on, always in this order."""
+    """A score as one line, with all that it depends on but the images' side, in one order.
+
+    n, m: how many samples and real images, 0 where that is not known. who: whose samples. speed:
+    images a second, of sampling, or of the features where the samples are given.
+    """
     line = (f"{label} {value} | {features} | {n or '?'} samples vs {m or '?'} {data} | NFE {nfe} | "
             f"{who} | {speed} img/s")
-    few = label.startswith("F") and 0 < min(n or 2048, m or 2048) < 2048
-    return line + " | fewer than 2048 samples: biased upward" * few
+    few = [what for what, k in (("samples", n), ("real images", m)) if 0 < k < 2048]
+    if label.startswith("F") and few:
+        line += f" | fewer than 2048 {' and '.join(few)}: biased upward"
+    return line
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -955,15 +962,13 @@ def main(argv=None):
     device = pick_device(args.device)
     samples = read_samples(args.samples) if args.samples else None
     real = load_statistics(args.stats) if args.stats else None
-    drawn, size = isinstance(samples, torch.Tensor), None
-    if drawn:
-        size = tuple(samples.shape[2:])
-        if len(samples) < 2:
-            raise UserError(f"{args.samples}: holds {len(samples)} images; expected at least 2")
-    elif samples:
-        size = samples.size
+    drawn = isinstance(samples, torch.Tensor)
+    size = tuple(samples.shape[2:]) if drawn else samples and samples.size
     side = args.resolution or (size and size[1])
     images = load_images(args.data, side, args.split or "train") if args.data else None
+    for path, found in (args.samples, samples), (args.data, images and images.pixels):
+        if isinstance(found, torch.Tensor) and len(found) < 2:
+            raise UserError(f"{path}: holds {len(found)} images; expected at least 2")
     other = tuple(images.pixels.shape[2:]) if images else real and real.size
     if size and other and size != other:
         raise UserError(f"{args.samples}: images are {size[1]}x{size[0]}, what to compare with "
@@ -976,14 +981,16 @@ def main(argv=None):
         name = known[0] if known else "random"
     net = None
     if drawn or images:
+        if name == "auto" and any(len(stats.mean) == 2048 for stats in given):
+            name = "inception"                              # pytorch-fid's and EDM's do not say so
         net = load_features(name, device, args.inception)
         name = net.name
     for stats in given:
         dim = net.dim if net else len(given[0].mean)
-        if len(stats.mean) != dim or stats.network not in (None, name) and name != "auto":
+        if len(stats.mean) != dim or stats.network not in (None, name):
             raise UserError(f"{args.stats if stats is real else args.samples}: is of "
                             f"{len(stats.mean)} features of {stats.network or 'an unknown network'}"
-                            f"; expected {dim} of {name}")
+                            f"; expected {dim}" + f" of {name}" * (name != "auto"))
 
     speed = "-"
     if drawn:
@@ -991,7 +998,7 @@ def main(argv=None):
         samples = statistics(net, samples, "features", KEEP)
         speed = f"{samples.n / (time.perf_counter() - start):.0f}"
     if images:
-        real = reference(net, images.pixels)
+        real = reference(net, images.pixels, key=images.key)
     if samples and real:
         score(samples, real, args.samples, images.name if images else args.stats, speed)
     if args.save_stats:
@@ -1021,4 +1028,4 @@ def score(samples, real, who, data, speed):
 
 
 if __name__ == "__main__":
-    command("fid.py", main, "--device cpu")
+    command("fid.py", main, "--device cpu, or fewer images")

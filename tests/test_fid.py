@@ -450,6 +450,16 @@ def test_of_few_samples_the_distance_alone(few_shapes, tmp_path, capsys):
     assert said[0].startswith("FD-random") and said[1].startswith("no KID") and len(said) == 2
 
 
+@pytest.mark.parametrize("label,n,m,few", [
+    ("FID", 2048, 2048, ""), ("FID", 2047, 2048, "samples"),
+    ("FD-random", 9000, 300, "real images"),
+    ("FID", 300, 300, "samples and real images"), ("FID", 0, 0, ""), ("KID", 300, 300, "")])
+def test_a_line_says_which_are_few(label, n, m, few):
+    line = fid.protocol(label, "1", "random", n, m, "set", 1, "s", 1)
+    said = f" | fewer than 2048 {few}: biased upward" if few else ""
+    assert line.partition(" img/s")[2] == said
+
+
 def test_the_command_refuses_in_one_line(few_shapes, tmp_path):
     ok, text = tmp_path / "ok.npy", tmp_path / "text.npz"
     np.save(ok, dots(30, 32, 32, 3))
@@ -471,13 +481,17 @@ def test_the_command_refuses_in_one_line(few_shapes, tmp_path):
     save(tmp_path / "mixed" / "a.png", dots(8, 8, 3))
     save(tmp_path / "mixed" / "b.png", dots(9, 8, 3))
     (tmp_path / "empty").mkdir()
+    alone = save(tmp_path / "alone" / "a.png", dots(32, 32, 3))
     shapes = ["--data", "shapes", "--features", "random"]
     cases = [([], "SAMPLES"), ([ok], "--data or --stats"), (["--data", "shapes"], "SAMPLES"),
              ([ok, "--data", "shapes", "--stats", ok], "one of them"),
              ([ok, "--data", "shapes", "--features", "magic"], "--features"),
              ([ok, *shapes, "--nonsense"], "--nonsense"), ([ok, "--data", "nowhere"], "nowhere"),
              ([tmp_path / "none.npz", *shapes], "none.npz", "No such file"),
-             ([text, *shapes], "text.npz", "cannot be read"),
+             ([text, *shapes], "text.npz", "cannot be read", "begins as neither"),
+             ([alone, *shapes], "a.png", "begins as neither"),     # NumPy would say: a pickle
+             ([ok, "--data", alone.parent, *shapes[2:]], "alone: holds 1 images", "at least 2"),
+             ([ok, "--data", ok, *shapes[2:]], "is a file", "--stats"),
              ([tmp_path / "cut.npy", *shapes], "cut.npy", "cannot be read"),
              ([tmp_path / "hostile.npy", *shapes], "hostile.npy", "allow_pickle=False"),
              ([tmp_path / "float.npy", *shapes], "float32", "uint8"),
@@ -520,6 +534,11 @@ def test_the_command_from_a_shell(tmp_path):
                          capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("fid.py: none.npz: ") and run.stderr.count("\n") == 1
+    np.savez(tmp_path / "s.npz", mu=np.zeros(480), sigma=np.eye(480))
+    with subprocess.Popen([sys.executable, fid.__file__, "s.npz", "--stats", "s.npz"], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as run:
+        run.stdout.close()                                  # as `| head` does
+        assert (run.stderr.read(), run.wait()) == ("", 141)
 
 
 HUB = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / fid.INCEPTION_FILE
@@ -596,13 +615,17 @@ def test_weights_are_downloaded_once_checked_and_loaded(golden_state, monkeypatc
         assert (net(images[:1]) - theirs[:1]).norm() / theirs[:1].norm() < 1e-5
 
 
-def test_without_network_scores_fall_back_to_random_features(capsys):
+def test_without_network_scores_fall_back_to_random_features(tmp_path, capsys):
     refuses(inception_state, "no route to host", fid.INCEPTION_FILE, "--inception PATH")
     refuses(lambda: load_features("inception"), "no route to host")
     assert load_features("random").label == "FD-random" and capsys.readouterr().out == ""
     assert load_features("auto").label == "FD-random"
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.startswith("no FID: Inception's weights")
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.save(tmp_path / "s.npy", dots(3, 8, 8, 3))           # what can only be of Inception
+    refuses(lambda: fid.main([str(tmp_path / "s.npy"), "--stats", str(tmp_path / "theirs.npz")]),
+            "no route to host")
 
 
 def test_wrong_or_hostile_weights_are_refused(monkeypatch, tmp_path):
@@ -613,6 +636,8 @@ def test_wrong_or_hostile_weights_are_refused(monkeypatch, tmp_path):
         digest = hashlib.sha256(content).hexdigest()
         for name in "auto", "inception":        # a file that was named is never passed over
             refuses(lambda: load_features(name, inception=file), file, "not the FID", digest[:12])
+            with pytest.raises(UserError, match=r"\.\.\.\)$"):    # nor told to be removed
+                load_features(name, inception=file)
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"cut short")
     refuses(inception_state, cached, "not the FID weights", "remove it")
@@ -772,6 +797,8 @@ def test_class_folders(tmp_path):
     images = load_images(str(top), 8)
     assert images.classes == ["ant", "bee", "cat", "dog"]
     near(images.labels, torch.tensor([0, 0, 1, 2, 3]))
+    save(top / "__init__" / "1.png", dots(8, 8, 3))         # what a user calls a class is one
+    assert load_images(str(top), 8).classes == ["__init__", "ant", "bee", "cat", "dog"]
 
 
 def test_a_flat_folder_of_every_kind_of_file(tmp_path):
@@ -937,6 +964,12 @@ def test_batches_become_one_array_once(tmp_path, cache, monkeypatch):
 
     net = RandomFeatures()
     stats = fid.reference(net, changed.pixels, key=changed.key)
+    np.save(tmp_path / "s.npy", dots(3, 8, 8, 3))
+    with monkeypatch.context() as patch:                    # the command finds it, too
+        patch.setattr(fid, "statistics", lambda *args: calls.append(args) or statistics(*args))
+        calls = []
+        fid.main([str(tmp_path / "s.npy"), "--data", str(data), "--features", "random"])
+    assert len(calls) == 1                                  # of the samples
     monkeypatch.setattr(fid, "statistics", None)            # known by the key alone
     near(fid.reference(net, 0 * changed.pixels, key=changed.key).mean, stats.mean)
     with pytest.raises(TypeError):
