@@ -30,7 +30,7 @@ ALL_ONE = "real = shortcut.draw_t_d\n" \
 DMD2 = "--steps 1 --iters 600 --pairs-iters 0 --ema 0.98"
 TWO = "--fake-updates 5"                                    # the paper's two time-scales
 ONE = "--fake-updates 1"
-FOUR = "--train-steps 4 --steps 1,2,4 --lr 1e-4 --pairs-iters 3000 --disc-weight 1"
+FOUR = "--train-steps 4 --steps 1,2,4 --lr 1e-4 --pairs-iters 3000"
 ADD = "--steps 1,4 --iters 2000 --simulated 0 --ema 0.997"
 SHORTCUT = "--steps 1,4,32 --iters 3000 --samples 1024"
 
