@@ -23,7 +23,7 @@ sees in each its own image of the call before, noised: backward simulation (sect
 `simulated`).
 
     python dmd2.py --steps 1                          # coloured shapes, two CPU cores: 17 to 20 min
-    python dmd2.py --steps 4 --lr 1e-4 --pairs-iters 3000 --iters 2000 --disc-weight 1
+    python dmd2.py --steps 4 --lr 1e-4 --pairs-iters 3000 --iters 2000
     python dmd2.py --data cifar10 --steps 1           # on a GPU
 
 Departs from the paper in:
