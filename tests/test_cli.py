@@ -96,7 +96,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     for n, line in zip((1, 2), lines):
         assert re.fullmatch(rf"FD-random [\d.e+]+ \| random \| 32 samples vs 200 shapes train \| "
                             rf"NFE {n} \| shortcut ema \| \d+ img/s \| "
-                            r"fewer than 2048 samples: biased upward", line)
+                            r"fewer than 2048 samples and real images: biased upward", line)
     with np.load(out / "samples-1step.npz") as z:
         assert z["images"].dtype == np.uint8 and z["images"].shape[1:] == (16, 16, 3)
         assert len(z["labels"]) == len(z["images"]) and set(z["labels"]) == set(range(10))
