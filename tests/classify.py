@@ -52,6 +52,7 @@ def wrong(net, pixels, labels):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition(": what a")[0])
+    parser.error = fid.refuse
     parser.add_argument("samples", nargs="+", help=".npz of samples of shapes, made by --npz")
     files = {path: fid.read_arrays(path) for path in parser.parse_args(argv).samples}
     for path, arrays in files.items():

@@ -299,9 +299,14 @@ def test_a_damaged_or_unwritable_cache_costs_time_and_no_more(cache, monkeypatch
     monkeypatch.setattr(fid, "CACHE", file / "no folder")
     near(fid.reference(net, pixels).cov, first.cov, 1e-15)
     assert [p.name for p in cache.iterdir()] == [file.name]
-    monkeypatch.setattr(pathlib.Path, "exists", lambda path: (_ for _ in ()).throw(
-        PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(fid, "CACHE", cache)                # there, and another user's
+    refused = []
+    def denied(path, *args):
+        refused.append(pathlib.Path(path).name)
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(fid, "open", denied, raising=False)
     near(fid.reference(net, pixels).cov, first.cov, 1e-15)
+    assert refused == [file.name]
 
 
 def test_the_cache_keeps_the_twenty_newest(cache):
